@@ -1,0 +1,130 @@
+"""The benchmark's shapes, gates and random inputs.
+
+Inputs: q, k, v, g and the beta logits are N(0, 1) in bf16, states N(0, 1) in fp32 and V-first [N, HV, V, K], D = 128.
+
+| gate | formula | parameters | mean log decay a token |
+| --- | --- | --- | --- |
+| strong | lower bound -5 | A_log ~ U(0, 1), dt_bias ~ U(0, 1) | about -3.2 |
+| weak | lower bound -5 | the same with dt_bias lower by 7 | about -0.002 |
+| softplus | softplus | Kimi-Linear's initialisation: A ~ U(1, 16), dt log-uniform in 1e-3 .. 1e-1 | about -0.3 |
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+D = 128  # K = V, the kernel's head dimension
+LOWER_BOUND = -5.0
+GATES = ("strong", "weak", "softplus")
+MIXED = (1300, 547, 2048, 963, 271, 3063)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequence lengths, query/key heads H and value heads HV of one measurement."""
+
+    name: str
+    lengths: tuple[int, ...]
+    H: int
+    HV: int
+
+    @property
+    def T(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def N(self) -> int:
+        return len(self.lengths)
+
+    def floor_bytes(self) -> int:
+        """q, k, v, g and out in bf16 and both states in fp32, each moved once."""
+        tokens = 2 * self.T * D * (2 * self.H + 3 * self.HV)
+        states = 2 * 4 * self.N * self.HV * D * D
+        return tokens + states
+
+
+def case(lengths: tuple[int, ...], H: int, label: str | None = None) -> Case:
+    label = label or "+".join(map(str, lengths))
+    return Case(f"{label}/H{H}", lengths, H, H)
+
+
+CASES = (
+    *(
+        made
+        for H in (96, 64)
+        for made in (
+            case((8192,), H),
+            case(MIXED, H, "mixed6"),
+            case((1024,) * 8, H, "8x1024"),
+        )
+    ),
+    case((8192,), 32),
+    case((1024,) * 8, 32, "8x1024"),
+    case((128,) * 64, 32, "64x128"),
+    case((2048,), 32),
+    case((512,), 32),
+    case((8192,), 16),
+    case((8192,), 8),
+    case((32768,), 4),
+    case((131072,), 8),
+)
+QUICK = ("8192/H96", "mixed6/H96", "8192/H64", "8192/H32", "8x1024/H32", "512/H32")
+
+
+def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seqlens=None) -> dict:
+    """Keyword arguments of `chunk_kda` for one input set, the options of `OPTIONS` included.
+
+    One sequence is a batch of one; several are packed, with int64 `cu_seqlens` (given, or made here).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size, dtype=torch.bfloat16):
+        return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    def uniform(low, high, *size):
+        return low + (high - low) * torch.rand(size, generator=generator, device=device)
+
+    T, H, HV = shape.T, shape.H, shape.HV
+    inputs = {
+        "q": normal(1, T, H, D),
+        "k": normal(1, T, H, D),
+        "v": normal(1, T, HV, D),
+        "g": normal(1, T, HV, D),
+        "beta": normal(1, T, HV),
+        "initial_state": normal(shape.N, HV, D, D, dtype=torch.float32),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "use_beta_sigmoid_in_kernel": True,
+        "state_v_first": True,
+    }
+    if gate in ("strong", "weak"):
+        shift = 0.0 if gate == "strong" else 7.0
+        inputs["A_log"] = uniform(0, 1, HV)
+        inputs["dt_bias"] = uniform(0, 1, HV, D) - shift
+        inputs.update(lower_bound=LOWER_BOUND, safe_gate=True)
+    elif gate == "softplus":
+        dt = uniform(math.log(1e-3), math.log(1e-1), HV, D).exp()
+        inputs["A_log"] = uniform(1, 16, HV).log()
+        inputs["dt_bias"] = dt + torch.log(-torch.expm1(-dt))  # softplus(dt_bias) = dt
+        inputs.update(lower_bound=None, safe_gate=False)
+    else:
+        raise ValueError(f"gate: expected one of {GATES}, got {gate!r}")
+    if shape.N > 1:
+        inputs["cu_seqlens"] = cumulative(shape.lengths, device) if cu_seqlens is None else cu_seqlens
+    return inputs
+
+
+def cumulative(lengths: tuple[int, ...], device: str = "cuda") -> torch.Tensor:
+    """int64 [N + 1]: where each packed sequence begins, and the end of the last."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64, device=device)
+
+
+def input_sets(shape: Case, gate: str, count: int, device: str = "cuda") -> list[dict]:
+    """`count` input sets of fresh random numbers that share one `cu_seqlens` tensor, as a serving step would."""
+    shared = cumulative(shape.lengths, device) if shape.N > 1 else None
+    return [make_inputs(shape, gate, seed, device, shared) for seed in range(count)]

@@ -1,0 +1,81 @@
+"""What a measurement ran on, where the two implementations come from, and where results go."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load_kernel():
+    """The kernel package built under build/, loaded as `get_kernel` loads it."""
+    from kernels import get_local_kernel
+
+    return get_local_kernel(ROOT, trust_remote_code=True)
+
+
+def load_fla():
+    """FLA's own Triton `chunk_kda`: its dispatch to a `flash_kda` module is switched off first."""
+    os.environ["FLA_FLASH_KDA"] = "0"
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(kernel) -> dict:
+    """Device, versions and the commit the kernel was built from."""
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    metadata = json.loads((Path(kernel.__file__).parent / "metadata.json").read_text())
+    return {
+        "device": device.name,
+        "multiprocessors": device.multi_processor_count,
+        "l2_bytes": device.L2_cache_size,
+        "memory_bytes": device.total_memory,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: version_of(name) for name in ("triton", "kernels", "flash-linear-attention")},
+        "kernel_id": metadata["id"],
+        "commit": commit_of(metadata),
+    }
+
+
+def commit_of(metadata: dict) -> str:
+    """FLASH_KDA_COMMIT, or the commit in the built variant's provenance, or "unknown"."""
+    given = os.environ.get("FLASH_KDA_COMMIT")
+    return given or str((metadata.get("provenance") or {}).get("commit") or "unknown")
+
+
+def print_environment(environment: dict) -> None:
+    keys = ("torch", "cuda", "triton", "kernels", "flash-linear-attention", "commit", "kernel_id")
+    print(f"{environment['device']}, {environment['multiprocessors']} multiprocessors")
+    print(", ".join(f"{key} {environment[key]}" for key in keys), flush=True)
+
+
+def result_path(directory: Path, benchmark: str, environment: dict) -> Path:
+    """<directory>/<benchmark>-<device>.json"""
+    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    return directory / f"{benchmark}-{device}.json"
+
+
+def update_result(path: Path, sections: dict) -> None:
+    """Writes `sections` into the JSON object at `path`; its other sections stay as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content.update(sections)
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,36 @@
+"""The importable front of the flash-kda kernel: `import flash_kda` and use it as a module.
+
+Every public name is handed on to the kernel package that `hf_layer.load_kernel()` finds, at the first use of a name;
+importing this module loads nothing and asks nobody. flash-linear-attention finds it by its name and calls
+`flash_kda.fwd` from its own `chunk_kda` (FLA_FLASH_KDA=0 turns that off).
+
+Without a kernel, on a machine without a GPU for instance, `chunk_kda` and `reference` come from the PyTorch reference,
+and every other name of the package, `fwd` first, is an ImportError that says why nothing could be loaded.
+"""
+
+from __future__ import annotations
+
+__all__ = ["chunk_kda", "fwd", "layers", "reference"]
+
+
+def __getattr__(name: str):
+    if name.startswith("_"):  # what introspection asks for is never a reason to load a kernel
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hf_layer.loading import load_kernel
+
+    load = load_kernel()
+    if load.module is not None:
+        return getattr(load.module, name)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hf_layer import reference
+
+    if name == "reference":
+        return reference
+    if name == "chunk_kda":
+        return reference.chunk_kda
+    raise ImportError(f"flash_kda.{name} needs the kernel, and none could be loaded: {load.reason}", name=__name__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,141 @@
+"""Finding and loading the flash-kda kernel package, and keeping the reason when there is none.
+
+Three places are looked at, and the first that exists decides:
+
+1. `LOCAL_KERNELS="org/flash-kda=DIR"`, the override of the `kernels` package;
+2. the `build/` folder of the source checkout that this file belongs to (`scripts/build_kernel.py` fills it);
+3. the Hub, through `kernels.get_kernel`.
+
+The last two need a CUDA device: a machine without one gets no kernel, a reason, and no network traffic.
+Nothing is imported, opened or asked for before `load_kernel` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+REPO_ID = "org/flash-kda"
+VERSION = 1
+MIN_CAPABILITY = (8, 0)
+ENV_REPO = "FLASH_KDA_REPO"
+ENV_TRUST = "FLASH_KDA_TRUST_REMOTE_CODE"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KernelLoad:
+    """What `load_kernel` found.
+
+    Attributes:
+        module: the kernel package (`fwd`, `chunk_kda`, `layers`, `reference`), or None.
+        source: where it came from, in words: "LOCAL_KERNELS", "the checkout's build/" or "the Hub (org/flash-kda)".
+            None when no place was tried.
+        reason: why `module` is None; None when it is not.
+    """
+
+    module: ModuleType | None
+    source: str | None
+    reason: str | None
+
+    @property
+    def status(self) -> str:
+        """One line for people: the variant and where it was loaded from, or why the reference runs."""
+        if self.module is None:
+            return f"reference: {self.reason}"
+        return f"flash-kda kernel {Path(self.module.__file__).parent.name} loaded from {self.source}"
+
+
+def load_kernel(
+    repo_id: str | None = None,
+    version: int | None = VERSION,
+    revision: str | None = None,
+    trust_remote_code: bool | list[str] | None = None,
+) -> KernelLoad:
+    """Load the kernel package, once per set of arguments and value of LOCAL_KERNELS.
+
+    Args:
+        repo_id: Hub repository. Default: the environment variable FLASH_KDA_REPO, else "org/flash-kda".
+        version: major version of the package on the Hub; not used when `revision` is given.
+        revision: branch, tag or commit on the Hub, instead of a version.
+        trust_remote_code: as in `kernels.get_kernel`. The kernel is native code, so code from the Hub is refused by
+            default unless its publisher is trusted there. Default: True when FLASH_KDA_TRUST_REMOTE_CODE=1.
+
+    Returns:
+        A `KernelLoad`. Failures are not raised: they are in its `reason`, and stay there (no second try).
+    """
+    if trust_remote_code is None:
+        trust_remote_code = os.environ.get(ENV_TRUST, "0") not in ("", "0")
+    trust = tuple(trust_remote_code) if isinstance(trust_remote_code, list) else bool(trust_remote_code)
+    repo_id = repo_id or os.environ.get(ENV_REPO) or REPO_ID
+    version = None if revision is not None else version
+    return _load(repo_id, version, revision, trust, os.environ.get("LOCAL_KERNELS", ""))
+
+
+def kernel_status() -> str:
+    """One line that says which kernel `load_kernel()` gives, or why the reference runs instead."""
+    return load_kernel().status
+
+
+@functools.lru_cache(maxsize=None)
+def _load(
+    repo_id: str, version: int | None, revision: str | None, trust: bool | tuple[str, ...], local_kernels: str
+) -> KernelLoad:
+    overridden = any(entry.partition("=")[0] == repo_id for entry in local_kernels.split(":"))
+    if not overridden and (reason := _device_reason()) is not None:
+        return KernelLoad(None, None, reason)
+
+    checkout = checkout_with_build()
+    if overridden:
+        source = "LOCAL_KERNELS"
+    elif checkout is not None:
+        source = "the checkout's build/"
+    else:
+        source = f"the Hub ({repo_id})"
+
+    try:
+        from kernels import get_kernel, get_local_kernel
+
+        if overridden or checkout is None:
+            trusted = list(trust) if isinstance(trust, tuple) else trust
+            module = get_kernel(repo_id, version=version, revision=revision, trust_remote_code=trusted)
+        else:
+            module = get_local_kernel(checkout)
+    except Exception as error:  # whatever a download, a resolver or the dynamic linker throws is the reason
+        load = KernelLoad(None, source, _one_line(source, error, trust))
+    else:
+        load = KernelLoad(module, source, None)
+    logger.info(load.status)
+    return load
+
+
+def checkout_with_build() -> Path | None:
+    """Root of the source checkout this package runs from, if it holds at least one built variant; else None."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "build.toml").is_file() and any(root.glob("build/*/metadata.json")):
+        return root
+    return None
+
+
+def _device_reason() -> str | None:
+    """Why the current CUDA device can't run the kernel, or None if it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        needed, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
+        return f"the kernel needs compute capability {needed} or newer, this device has {found}"
+    return None
+
+
+def _one_line(source: str, error: Exception, trust: bool | tuple[str, ...]) -> str:
+    text = " ".join(str(error).split())
+    hint = f" ({ENV_TRUST}=1 trusts it)" if "trust_remote_code" in text and trust is False else ""
+    return f"{source}: {type(error).__name__}: {text}{hint}"

@@ -1,0 +1,64 @@
+// From the gate input g to the decay a = exp(log decay) of one token and channel, and beta from its logit.
+//
+//   pre-activated   log decay = g
+//   lower bound     log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
+//   softplus        log decay = -exp(A_log) * softplus(g + dt_bias)
+//
+// The special functions are the hardware's approximations (relative error about 2^-22 each): what they do to a
+// is far below the bf16 rounding of the products it goes into.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "params.h"
+
+namespace kda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Per head: the affine maps before and after the nonlinearity, with the change of base folded in.
+struct GateScale {
+  float input;   // multiplies g, and dt_bias when it is staged
+  float output;  // turns the activated gate into log2(a)
+};
+
+template <GateKind kGate>
+__device__ __forceinline__ GateScale make_gate_scale(float A_log, float lower_bound) {
+  if constexpr (kGate == GateKind::kLowerBound) {
+    return {.input = -kLog2E * expf(A_log), .output = kLog2E * lower_bound};
+  } else if constexpr (kGate == GateKind::kSoftplus) {
+    return {.input = 1.0f, .output = -kLog2E * expf(A_log)};
+  } else {
+    return {.input = kLog2E, .output = 1.0f};
+  }
+}
+
+// log(1 + exp(x)) for every x: the identity above 20 (exp(-20) is below half an ulp of 20), a series where
+// 1 + exp(x) would round away what matters (exp(x) < 2^-6: the next term is below 2^-26).
+__device__ __forceinline__ float softplus(float x) {
+  float e = exp2_approx(x * kLog2E);
+  float series = e * fmaf(e, fmaf(e, fmaf(e, -0.25f, 1.0f / 3.0f), -0.5f), 1.0f);
+  float y = e < 0.015625f ? series : kLn2 * log2_approx(1.0f + e);
+  return x > 20.0f ? x : y;
+}
+
+// `bias` is dt_bias times scale.input.
+template <GateKind kGate>
+__device__ __forceinline__ float decay(float g, float bias, GateScale scale) {
+  if constexpr (kGate == GateKind::kLowerBound) {
+    float sigmoid = reciprocal_approx(1.0f + exp2_approx(fmaf(g, scale.input, bias)));
+    return exp2_approx(scale.output * sigmoid);
+  } else if constexpr (kGate == GateKind::kSoftplus) {
+    return exp2_approx(scale.output * softplus(g + bias));
+  } else {
+    return exp2_approx(g * scale.input);
+  }
+}
+
+__device__ __forceinline__ float activate_beta(float beta, bool sigmoid, bool neg_eigval) {
+  if (!sigmoid) return beta;
+  float y = reciprocal_approx(1.0f + exp2_approx(-kLog2E * beta));
+  return neg_eigval ? 2.0f * y : y;
+}
+
+}  // namespace kda

@@ -1,0 +1,40 @@
+// Which tokens a sequence holds, in padded and in packed batches.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "params.h"
+
+namespace kda {
+
+struct Sequence {
+  int64_t batch;  // index into the batch dimension
+  int64_t begin;  // first token
+  int64_t length;
+};
+
+__device__ __forceinline__ int64_t sequence_bound(const SequenceBounds& bounds, int64_t index) {
+  return bounds.is_int64 ? static_cast<const int64_t*>(bounds.data)[index]
+                         : static_cast<const int32_t*>(bounds.data)[index];
+}
+
+// Does cu_seqlens start at 0, never decrease and end at T? Called by every thread of the block, which all get the
+// same answer: the host cannot look without a synchronisation, and a wrong boundary must never become an address.
+__device__ __forceinline__ bool sequences_valid(const SequenceBounds& bounds, int64_t num_sequences,
+                                                int64_t num_tokens) {
+  bool wrong = false;
+  for (int64_t i = threadIdx.x; i <= num_sequences; i += blockDim.x) {
+    int64_t here = sequence_bound(bounds, i);
+    int64_t before = i == 0 ? 0 : sequence_bound(bounds, i - 1);
+    wrong |= here < before || (i == 0 && here != 0) || (i == num_sequences && here != num_tokens);
+  }
+  return __syncthreads_or(wrong) == 0;
+}
+
+__device__ __forceinline__ Sequence find_sequence(const SequenceBounds& bounds, int64_t index, int64_t num_tokens) {
+  if (bounds.data == nullptr) return {.batch = index, .begin = 0, .length = num_tokens};
+  int64_t begin = sequence_bound(bounds, index);
+  return {.batch = 0, .begin = begin, .length = sequence_bound(bounds, index + 1) - begin};
+}
+
+}  // namespace kda

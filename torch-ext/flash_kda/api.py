@@ -1,0 +1,249 @@
+"""The public calls: `fwd`, the bare kernel, and `chunk_kda`, which picks the kernel or the reference."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from . import reference
+from .ops import kda_prefill
+
+HEAD_DIM = 128
+MIN_SM_MAJOR = 8
+
+
+def fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    lower_bound: float | None,
+    initial_state: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> None:
+    """Kimi Delta Attention prefill on the GPU, written into `out` and `final_state`.
+
+    Raw inputs: q and k are L2-normalised here, g is the gate before its activation, beta the logit before its sigmoid.
+    States are V-first. The formula is at the top of reference.py. The call does not synchronise and can be captured
+    in a CUDA graph. Last dimensions must be contiguous, other strides are free (beta: all strides are free).
+
+    Args:
+        q, k: bfloat16 [B, T, H, 128].
+        v: bfloat16 [B, T, HV, 128], HV a multiple of H.
+        g: bfloat16 or float32 [B, T, HV, 128].
+        beta: bfloat16 or float32 [B, T, HV].
+        scale: factor on q, usually 128 ** -0.5.
+        out: bfloat16 [B, T, HV, 128], written.
+        A_log: float32 [HV]; None is a rate of 1, allowed with a lower_bound only.
+        dt_bias: float32 [HV, 128] or [HV * 128], or None.
+        lower_bound: in [-5, 0], log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias));
+            None for -exp(A_log) * softplus(g + dt_bias).
+        initial_state: float32 or bfloat16 [N, HV, V, K], contiguous; zeros by default. N is B without cu_seqlens.
+        final_state: float32 or bfloat16 [N, HV, V, K], contiguous, in initial_state's dtype where both are given; written.
+        cu_seqlens: int32 or int64 [N + 1], with B = 1: the N sequences packed along T. Must start at 0, never decrease
+            and end at T. This is checked on the device: if it does not hold, all of out and final_state becomes NaN.
+
+    Raises:
+        ValueError: q is not on a CUDA device, or an input requires a gradient.
+        RuntimeError: any other tensor or value is not as above, or the GPU is older than SM80. The message names the
+            argument, what was expected and what came; nothing has been written.
+    """
+    if not q.is_cuda:
+        raise ValueError(f"q: expected a CUDA tensor, got one on {q.device}; chunk_kda also serves other devices")
+    if _needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state):
+        raise ValueError("requires_grad: expected inputs without gradient (or torch.no_grad()), the kernel has no backward")
+    kda_prefill(
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state, scale, lower_bound,
+        True, True, True, False, True,
+    )  # fmt: skip
+
+
+def chunk_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    cp_context: object | None = None,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+    *,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    chunk_size: int = 64,
+    transpose_state_layout: bool | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Kimi Delta Attention with the signature of flash-linear-attention 0.6.0. The formula is at the top of reference.py.
+
+    The CUDA kernel serves bfloat16 q, k, v with K = V = 128 on SM80 and newer when no gradient is asked for; all else
+    runs in reference.py, on the tensors' own device. In the kernel, a q, k, v or g whose last dimension is not
+    contiguous (transformers hands over the layout of its convolution) is copied once; other strides cost nothing.
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, HV, V], HV a multiple of H.
+        g: [B, T, HV, K], the log decay, <= 0; the raw gate with use_gate_in_kernel.
+        beta: [B, T, HV], in (0, 1); logits with use_beta_sigmoid_in_kernel.
+        scale: factor on q; K ** -0.5 by default.
+        initial_state: [N, HV, K, V], or [N, HV, V, K] with state_v_first; zeros by default. N is B without cu_seqlens.
+        output_final_state: return the state after each sequence's last token.
+        use_qk_l2norm_in_kernel: L2-normalise q and k.
+        use_gate_in_kernel: log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) with a lower_bound,
+            -exp(A_log) * softplus(g + dt_bias) without. A_log, dt_bias and lower_bound act only with this flag.
+        use_beta_sigmoid_in_kernel: apply the sigmoid to beta.
+        allow_neg_eigval: beta = 2 * sigmoid(logits); needs use_beta_sigmoid_in_kernel.
+        safe_gate: the caller's word that log decays stay within [-5, 0]. Not needed here, every gate is exact; with
+            use_gate_in_kernel it asks for a lower_bound.
+        lower_bound: in [-5, 0], the least log decay of a token.
+        disable_recompute: how a backward pass would spend memory; the result does not depend on it.
+        return_intermediate_states, cp_context, use_graph: not supported. (A CUDA graph can capture the plain call.)
+        state_v_first: both states are [N, HV, V, K].
+        cu_seqlens: int32 or int64 [N + 1], with B = 1: N sequences packed along T, from 0 to T without decrease. The
+            kernel checks this on the device: if it does not hold, o and final_state are NaN. The reference raises.
+        cu_seqlens_cpu: the same values on the host; spares the reference a synchronisation.
+        max_num_seqs: means something with use_graph only.
+        A_log: [HV], required by the softplus gate.
+        dt_bias: [HV, K] or [HV * K].
+        chunk_size: 32 or 64. Checked for the sake of callers; both paths choose their own chunk, the result is the same.
+        transpose_state_layout: deprecated name of state_v_first.
+        out: [B, T, HV, V] in v's dtype, written and returned as o; allocated by default.
+
+    Returns:
+        o: [B, T, HV, V] in v's dtype.
+        final_state: float32 (float64 if q, k or v is) in initial_state's layout, or None if not asked for.
+
+    Raises:
+        TypeError, ValueError, or RuntimeError from the kernel: an argument is not as above; the message names it.
+        NotImplementedError: return_intermediate_states, cp_context or use_graph.
+    """
+    if return_intermediate_states:
+        raise NotImplementedError("return_intermediate_states: expected False, states inside a sequence are not kept")
+    if cp_context is not None:
+        raise NotImplementedError("cp_context: expected None, context parallelism is not supported")
+    if use_graph:
+        raise NotImplementedError(
+            "use_graph: expected False; the plain call can be captured, with cu_seqlens that end at T in every replay"
+        )
+    if transpose_state_layout is not None:
+        if state_v_first:
+            raise ValueError("transpose_state_layout: expected state_v_first alone, got both")
+        warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=2)
+        state_v_first = transpose_state_layout
+    if chunk_size not in (32, 64):
+        raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size!r}")
+    if safe_gate and use_gate_in_kernel and lower_bound is None:
+        raise ValueError("lower_bound: expected a value in [-5, 0] with safe_gate and use_gate_in_kernel, got None")
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
+    if cu_seqlens is None and cu_seqlens_cpu is not None:
+        raise ValueError("cu_seqlens_cpu: expected cu_seqlens with it, got None")
+    if not use_gate_in_kernel:
+        A_log = dt_bias = None
+
+    if _reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
+        if out is not None:
+            _check_out(out, v)
+        o, final_state = reference.chunk_kda(
+            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+            use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first,
+            cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
+        )  # fmt: skip
+        return (o if out is None else out.copy_(o)), final_state
+
+    q, k, v, g = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g))
+    if A_log is not None:
+        A_log = A_log.float()
+    if dt_bias is not None:
+        dt_bias = dt_bias.float()
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    if out is None:
+        out = v.new_empty(v.shape)
+    final_state = None
+    if output_final_state:
+        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        final_state = v.new_empty((N, v.shape[2], HEAD_DIM, HEAD_DIM), dtype=torch.float32)
+    kda_prefill(
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state,
+        HEAD_DIM**-0.5 if scale is None else scale, lower_bound, use_gate_in_kernel, use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
+    )  # fmt: skip
+    return out, final_state
+
+
+def _reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | None:
+    """None when the compiled kernel serves these inputs, else why the reference does, in a line.
+
+    Also sends ill-shaped inputs to the reference, whose checks then name what is wrong with them.
+    """
+    if not isinstance(q, torch.Tensor) or not q.is_cuda:
+        return "q is not a tensor on a CUDA device"
+    if q.dim() != 4 or v.dim() != 4 or g.dim() != 4 or q.shape[3] != HEAD_DIM or v.shape[3] != HEAD_DIM:
+        return f"K and V are not both {HEAD_DIM}"
+    if q.dtype != torch.bfloat16 or k.dtype != torch.bfloat16 or v.dtype != torch.bfloat16:
+        return "q, k and v are not all bfloat16"
+    if not (_is_bf16_or_fp32(g) and _is_bf16_or_fp32(beta)):
+        return "g or beta is neither bfloat16 nor float32"
+    if initial_state is not None and not _is_bf16_or_fp32(initial_state):
+        return "initial_state is neither bfloat16 nor float32"
+    if _needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state):
+        return "a gradient is required"
+    if _sm_major(q.device) < MIN_SM_MAJOR:
+        return f"the GPU is older than SM{MIN_SM_MAJOR}0"
+    return None
+
+
+def _is_bf16_or_fp32(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 or x.dtype == torch.float32
+
+
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _sm_major(device: torch.device) -> int:
+    # torch.compile folds get_device_properties into a constant, but warns about a cache around it
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_properties(device).major
+    return _sm_major_cached(device)
+
+
+@functools.lru_cache(maxsize=None)
+def _sm_major_cached(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).major
+
+
+def _check_out(out: torch.Tensor, v: torch.Tensor) -> None:
+    """out must be a tensor like v that a result can be copied into; the kernel has its own check."""
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+    for what, expected, got in (
+        ("shape", list(v.shape), list(out.shape)),
+        ("dtype", v.dtype, out.dtype),
+        ("device", v.device, out.device),
+    ):
+        if expected != got:
+            raise ValueError(f"out: expected the {what} of v, {expected}, got {got}")
