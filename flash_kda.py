@@ -4,8 +4,9 @@ Every public name is handed on to the kernel package that `hf_layer.load_kernel(
 importing this module loads nothing and asks nobody. flash-linear-attention finds it by its name and calls
 `flash_kda.fwd` from its own `chunk_kda` (FLA_FLASH_KDA=0 turns that off).
 
-Without a kernel, on a machine without a GPU for instance, `chunk_kda` and `reference` come from the PyTorch reference,
-and every other name of the package, `fwd` first, is an ImportError that says why nothing could be loaded.
+Without a kernel, on a machine without a GPU for instance, `reference` and `chunk_kda` are still there: the same
+`chunk_kda` with the same signature, which runs the reference and is a RuntimeError for bfloat16 CUDA tensors that only
+the kernel serves at speed. The other names of the package, `fwd` first, are an ImportError with the reason.
 """
 
 from __future__ import annotations
@@ -23,12 +24,10 @@ def __getattr__(name: str):
         return getattr(load.module, name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hf_layer import reference
+    if name in ("chunk_kda", "reference"):
+        from hf_layer import api
 
-    if name == "reference":
-        return reference
-    if name == "chunk_kda":
-        return reference.chunk_kda
+        return getattr(api, name)
     raise ImportError(f"flash_kda.{name} needs the kernel, and none could be loaded: {load.reason}", name=__name__)
 
 

@@ -3,7 +3,7 @@
 A small random Kimi-Linear model from transformers runs twice, once as transformers has it and once with every KDA layer
 replaced by `KimiDeltaAttention` with the same weights. Both must write the same tokens. Then the delta rule itself is
 compared with its definition in float64: the kernel on a GPU, the reference's chunk form elsewhere. The exit status is 1
-if tokens differ or an error exceeds its limit, 2 if a package is missing.
+if tokens differ or an error exceeds its limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ try:
     from rich.table import Table
     from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 except ImportError as error:
-    sys.exit(f"hf_layer.demo needs transformers (with Kimi-Linear) and rich: pip install transformers rich ({error})")
+    raise ImportError("hf_layer.demo needs transformers with Kimi-Linear, and rich: pip install transformers rich") from error
 
 KERNEL_LIMIT = 5e-3  # bf16 operands: every gate of a correct kernel stays near 4e-3
 REFERENCE_LIMIT = 1e-5  # float32 chunk form against the definition in float64

@@ -8,6 +8,7 @@ A state dict of transformers' KimiLinearDeltaAttention or Glm5NextTextLinearAtte
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ from . import reference
 from .loading import load_kernel
 
 GATES = ("softplus", "lower_bound")
+
+
+def kernel_for(x: torch.Tensor) -> ModuleType | None:
+    """The kernel package that works on x's device, or None."""
+    return load_kernel().module if x.is_cuda else None
 
 
 class ForgetGate(nn.Module):
@@ -211,7 +217,7 @@ class KimiDeltaAttention(nn.Module):
 
     def _delta_rule(self, q, k, v, g, beta, state, output_final_state, cu_seqlens):
         """Raw gate and beta logits in, (o, final state) out. The kernel's chunk_kda itself falls back where it must."""
-        kernel = load_kernel().module if q.is_cuda else None
+        kernel = kernel_for(q)
         if kernel is not None:
             run = kernel.chunk_kda
         else:

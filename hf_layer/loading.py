@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 REPO_ID = "org/flash-kda"
 VERSION = 1
-MIN_CAPABILITY = (8, 0)
 ENV_REPO = "FLASH_KDA_REPO"
 ENV_TRUST = "FLASH_KDA_TRUST_REMOTE_CODE"
 
@@ -87,8 +88,8 @@ def _load(
     repo_id: str, version: int | None, revision: str | None, trust: bool | tuple[str, ...], local_kernels: str
 ) -> KernelLoad:
     overridden = any(entry.partition("=")[0] == repo_id for entry in local_kernels.split(":"))
-    if not overridden and (reason := _device_reason()) is not None:
-        return KernelLoad(None, None, reason)
+    if not overridden and not torch.cuda.is_available():
+        return KernelLoad(None, None, "no CUDA device")
 
     checkout = checkout_with_build()
     if overridden:
@@ -119,19 +120,6 @@ def checkout_with_build() -> Path | None:
     root = Path(__file__).resolve().parent.parent
     if (root / "build.toml").is_file() and any(root.glob("build/*/metadata.json")):
         return root
-    return None
-
-
-def _device_reason() -> str | None:
-    """Why the current CUDA device can't run the kernel, or None if it can."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < MIN_CAPABILITY:
-        needed, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
-        return f"the kernel needs compute capability {needed} or newer, this device has {found}"
     return None
 
 

@@ -41,7 +41,7 @@ def _preactivated(g: torch.Tensor) -> dict:
 
 
 def _lower_strong(random: _Random, B: int, T: int, HV: int, K: int) -> dict:
-    """Log decay about -3.5 a token: little survives a chunk."""
+    """Log decay about -3 a token: little survives a chunk."""
     return _raw(random.normal(B, T, HV, K), random.uniform(0, 1, HV), random.uniform(0, 1, HV, K), -5.0)
 
 

@@ -162,9 +162,9 @@ __device__ __forceinline__ void store_pairs(const PairSums& sums, float beta, ui
   store_shared(aqk + pair_offset(row, (8 + pair) * 2), 0);
 }
 
-// T_inv = (I + Akk)^-1 by forward substitution in fp32, a column per lane (twice over the warp); T_inv diag(beta) is
-// what U = T_inv diag(beta) (V - Kpre S^T) needs.
-__device__ __forceinline__ void invert(float beta, uint32_t t_inv, uint32_t scratch, int lane) {
+// T_inv = (I + Akk)^-1 by forward substitution in fp32, a column per lane (twice over the warp). The unit diagonal
+// stays out of the bf16 tile: the state warps add that part in fp32.
+__device__ __forceinline__ void invert(uint32_t t_inv, uint32_t scratch, int lane) {
   const int column = lane % kChunk;
   float x[kChunk];
 #pragma unroll
@@ -181,11 +181,11 @@ __device__ __forceinline__ void invert(float beta, uint32_t t_inv, uint32_t scra
       }
     }
   }
-  const float beta_column = __shfl_sync(~0u, beta, column);
   if (lane < kChunk) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      store_shared_u16(t_inv + pair_offset(i, column * 2), __bfloat16_as_ushort(__float2bfloat16_rn(x[i] * beta_column)));
+      const float value = i == column ? 0.0f : x[i];
+      store_shared_u16(t_inv + pair_offset(i, column * 2), __bfloat16_as_ushort(__float2bfloat16_rn(value)));
     }
   }
 }
@@ -228,7 +228,7 @@ __device__ __forceinline__ void decay_block(float (&a)[8], uint32_t g_block, int
   }
 }
 
-// One chunk: slot holds q, k, g on entry and Qpre, Kpre, Ksuf, T_inv, Aqk, total on return.
+// One chunk: slot holds q, k, g on entry and Qpre, Kpre, Ksuf, T_inv, Aqk, total, beta on return.
 template <GateKind kGate, class GElem>
 __device__ __forceinline__ void build_factors(const PrefillParams& p, uint32_t slot, uint32_t scratch, uint32_t bias,
                                               const GateScale& gate_scale, float beta, int valid, int lane) {
@@ -243,7 +243,7 @@ __device__ __forceinline__ void build_factors(const PrefillParams& p, uint32_t s
   if (p.l2norm_qk) row_norms(q_scale, k_scale, slot + S::kQ + load_offset, slot + S::kK + load_offset);
 
   PairSums sums;
-#pragma unroll 2
+#pragma unroll 1
   for (int block = 0; block < kChannelBlocks; ++block) {
     uint32_t packed[4];
     float q[8], k[8], pre[8], suf[8], total[8];
@@ -288,8 +288,9 @@ __device__ __forceinline__ void build_factors(const PrefillParams& p, uint32_t s
     }
   }
   store_pairs(sums, beta, slot + S::kAqk, scratch, lane);
+  if (lane < kChunk) store_shared_float(slot + S::kBeta + lane * 4, beta);
   __syncwarp();
-  invert(beta, slot + S::kTInv, scratch, lane);
+  invert(slot + S::kTInv, scratch, lane);
   __syncwarp();  // the scratch may be written again, and the slot is whole
 }
 

@@ -3,7 +3,7 @@
 // Everything is transposed, so that the accumulator of one MMA, rounded to bf16, is the A operand of the next
 // (rows are the warp's 32 of V, two MMA tiles of 16):
 //   P^T = S Kpre^T            R^T = S Qpre^T
-//   U^T = (V - P)^T (T_inv diag(beta))^T
+//   U^T = (diag(beta) (V - P))^T T_inv^T
 //   O^T = R^T + U^T Aqk^T
 //   S   = S diag(total) + U^T Ksuf
 #pragma once
@@ -88,23 +88,30 @@ __device__ __forceinline__ void read_state(TokenFragment& p, TokenFragment& r, c
   }
 }
 
-// U^T = (V - P)^T (T_inv diag(beta))^T as the bf16 operand of what follows; `v` and `t_inv` are ldmatrix addresses.
+// U^T = U0^T T_inv^T, U0 = diag(beta) (V - P), as the bf16 operand of what follows. U0 enters in fp32 where T_inv has
+// its unit diagonal and in bf16 below it. `v` and `t_inv` are ldmatrix addresses.
 __device__ __forceinline__ void solve_u(uint32_t (&u)[kRowTiles][4], const TokenFragment& p, uint32_t v, uint32_t v_column,
-                                        uint32_t t_inv) {
+                                        uint32_t t_inv, uint32_t beta, int lane) {
   uint32_t t[4];
+  float2 beta_pair[kTokenTiles];
   ldmatrix_x4(t, t_inv);
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) beta_pair[n] = load_shared_float2(beta + (8 * n + 2 * (lane % 4)) * 4);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
     uint32_t v_packed[4], a[4];
-    float solved[kTokenTiles][4] = {};
+    float solved[kTokenTiles][4];
     ldmatrix_x4_trans(v_packed, v ^ (v_column + m * 32));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // Register i of v^T is (rows 8 (i / 2).., tokens 8 (i % 2)..); of the operand, (rows 8 (i % 2).., tokens 8 (i / 2)..).
-      const int half = i % 2, n = i / 2;
-      const float2 value = unpack_bf16(v_packed[2 * half + n]);
-      a[i] = pack_bf16(value.x - p[m][n][2 * half], value.y - p[m][n][2 * half + 1]);
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 value = unpack_bf16(v_packed[2 * half + n]);  // rows 8 half.., tokens 8 n..
+        solved[n][2 * half] = beta_pair[n].x * (value.x - p[m][n][2 * half]);
+        solved[n][2 * half + 1] = beta_pair[n].y * (value.y - p[m][n][2 * half + 1]);
+      }
     }
+    pack_operand(a, solved[0], solved[1]);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) mma_bf16(solved[n], a, t[n], t[2 + n]);
     pack_operand(u[m], solved[0], solved[1]);
@@ -138,7 +145,7 @@ __device__ __forceinline__ void decay_state(StateFragment& s, uint32_t total, in
 }
 
 // o of the warp's 32 columns: transposed in registers, gathered to 16-byte pieces through the warp's own columns of
-// the v tile (read before, by this warp alone), written as 64 contiguous bytes a token.
+// the v tile (read before, by this warp alone), written row by row.
 __device__ __forceinline__ void store_output(const PrefillParams& p, const TokenFragment& o, uint32_t tile,
                                              __nv_bfloat16* rows, int valid, int warp, int lane) {
   const uint32_t target = tile + tile_offset(lane / 4, 0) + 4 * (lane % 4);
@@ -153,9 +160,10 @@ __device__ __forceinline__ void store_output(const PrefillParams& p, const Token
     }
   }
   __syncwarp();
+  constexpr int kPieces = kRowsPerStateWarp / 8;  // of 16 bytes, per token
 #pragma unroll
-  for (int i = 0; i < kTokenTiles; ++i) {
-    const int token = lane / 4 + 8 * i, column = warp * kRowsPerStateWarp + 8 * (lane % 4);
+  for (int i = 0; i < kChunk * kPieces / 32; ++i) {
+    const int token = (i * 32 + lane) / kPieces, column = warp * kRowsPerStateWarp + 8 * ((i * 32 + lane) % kPieces);
     const uint4 piece = load_shared_uint4(tile + tile_offset(token, column * 2));
     if (token >= valid) continue;
     __nv_bfloat16* destination = rows + token * p.out.token_stride + column;
@@ -199,7 +207,8 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
     TokenFragment projected = {}, o = {};
     uint32_t u[kRowTiles][4];
     read_state(projected, o, s, slot + S::kK + tile_lane, slot + S::kQ + tile_lane);
-    solve_u(u, projected, slot + S::kV + tile_lane, warp * kRowsPerStateWarp * 2, slot + S::kTInv + pair_lane);
+    solve_u(u, projected, slot + S::kV + tile_lane, warp * kRowsPerStateWarp * 2, slot + S::kTInv + pair_lane,
+            slot + S::kBeta, lane);
     decay_state(s, slot + S::kTotal, lane);
     update_state(s, u, slot + S::kKsuf + tile_lane);
 

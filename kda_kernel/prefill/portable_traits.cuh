@@ -47,11 +47,11 @@ struct Slot {
   static constexpr int kV = kK + kTileBytes;  // v, then o
   static constexpr int kG = kV + kTileBytes;
   static constexpr int kKsuf = kGateInPlace ? kG : kG + kGateBytes;
-  static constexpr int kTInv = kKsuf + kTileBytes;  // T_inv diag(beta)
+  static constexpr int kTInv = kKsuf + kTileBytes;  // T_inv below its diagonal
   static constexpr int kAqk = kTInv + kPairBytes;
-  static constexpr int kTotal = kAqk + kPairBytes;  // [128] fp32
-  static constexpr int kBytes = kTotal + kHeadDim * 4;
-  static_assert(kBytes % 512 == 0, "slots keep the tiles aligned to 512 bytes");
+  static constexpr int kTotal = kAqk + kPairBytes;      // [128] fp32
+  static constexpr int kBeta = kTotal + kHeadDim * 4;  // [16] fp32
+  static constexpr int kBytes = (kBeta + kChunk * 4 + 511) / 512 * 512;  // the next slot's tiles stay aligned
 };
 
 // Before the slots: what lives as long as the CTA. A scratch row is padded to 20 words so that the four token pairs

@@ -1,0 +1,305 @@
+"""KimiDeltaAttention against transformers' own modules, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+
+from hf_layer import KDACache, KernelLoad, KimiDeltaAttention
+from hf_layer import layer as layer_module
+
+transformers = pytest.importorskip("transformers")
+from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig  # noqa: E402
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextLinearAttention  # noqa: E402
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention  # noqa: E402
+
+HIDDEN, HEADS = 48, 2
+THEIRS = {
+    "softplus": (transformers.KimiLinearConfig, KimiLinearDeltaAttention),
+    "lower_bound": (Glm5NextTextConfig, Glm5NextTextLinearAttention),
+}
+GATES = list(THEIRS)
+
+
+def make_config(gate: str, head_dim: int = 128, **options):
+    return THEIRS[gate][0](
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        mlp_layer_types=["dense"],
+        hidden_size=HIDDEN,
+        linear_num_heads=HEADS,
+        linear_head_dim=head_dim,
+        **options,
+    )
+
+
+def make_pair(gate: str, head_dim: int = 128):
+    """(config, transformers' module, ours) with equal random weights that make every part of the layer matter."""
+    torch.manual_seed(0)
+    config = make_config(gate, head_dim)
+    theirs = THEIRS[gate][1](config, 0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("A_log"):
+                parameter.uniform_(-1.0, 2.0)
+            elif name.endswith("dt_bias"):
+                parameter.uniform_(-5.0, 1.0)
+            elif name.endswith("o_norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+    ours = KimiDeltaAttention.from_config(config, 0)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return config, theirs, ours
+
+
+def tokens(B: int, T: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(B, T, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for float32 rounding: the two sides add up in another order. 3e-6 of the largest value."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_state_dict_loads_strictly(gate):
+    _, theirs, ours = make_pair(gate)
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name].flatten(), value.flatten()), name
+
+
+def test_own_state_dict_loads_into_transformers():
+    _, theirs, ours = make_pair("softplus")
+    theirs.load_state_dict(KimiDeltaAttention.from_config(make_config("softplus"), 0).state_dict(), strict=True)
+    assert not torch.equal(theirs.q_proj.weight, ours.q_proj.weight)
+
+
+def test_state_dict_of_another_head_count_is_refused():
+    _, theirs, _ = make_pair("softplus")
+    other = KimiDeltaAttention(HIDDEN, HEADS + 1)
+    with pytest.raises(RuntimeError, match="A_log"):
+        other.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("head_dim", [128, 32])
+@pytest.mark.parametrize("T", [1, 3, 70])
+@torch.no_grad()
+def test_forward_without_cache(gate, head_dim, T):
+    _, theirs, ours = make_pair(gate, head_dim)
+    x = tokens(2, T)
+    assert_same(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("parts", [(70, 1, 1), (2, 1, 40, 1), (1, 1, 1), (5, 3, 64)], ids=str)
+@torch.no_grad()
+def test_prefill_continued_prefill_and_decode(gate, parts):
+    config, theirs, ours = make_pair(gate, head_dim=32)
+    their_cache, our_cache = (transformers.DynamicCache(config=config) for _ in range(2))
+    for x in tokens(2, sum(parts)).split(parts, dim=1):
+        expected = theirs(x, cache_params=their_cache)
+        assert_same(ours(x, cache_params=our_cache), expected)
+        assert_same(our_cache.get_conv_state(0), their_cache.get_conv_state(0))
+        assert_same(our_cache.get_recurrent_state(0), their_cache.get_recurrent_state(0))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@torch.no_grad()
+def test_padding_mask(gate):
+    config, theirs, ours = make_pair(gate, head_dim=32)
+    x = tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    caches = [transformers.DynamicCache(config=config) for _ in range(2)]
+    expected = theirs(x, cache_params=caches[0], attention_mask=mask)
+    found = ours(x, cache_params=caches[1], attention_mask=mask)
+    assert_same(found, expected)
+    assert_same(caches[1].get_recurrent_state(0), caches[0].get_recurrent_state(0))
+    assert_same(found[:1, 7:], ours(x[:1, 7:]))  # as if the padding were not there
+    assert not torch.allclose(found, ours(x))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gradients(gate):
+    _, theirs, ours = make_pair(gate, head_dim=32)
+    weight = tokens(2, 9, seed=2)
+    inputs = [tokens(2, 9).requires_grad_() for _ in range(2)]
+    for module, x in zip((theirs, ours), inputs):
+        (module.train()(x) * weight).sum().backward()
+    assert_same(inputs[1].grad, inputs[0].grad)
+    found = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        assert_same(found[name].grad.flatten(), parameter.grad.flatten())
+
+
+@torch.no_grad()
+def test_own_cache_works_like_transformers_cache():
+    config, _, ours = make_pair("softplus", head_dim=32)
+    theirs, own = transformers.DynamicCache(config=config), KDACache()
+    parts = (2, 1, 30, 1)
+    for x in tokens(3, sum(parts)).split(parts, dim=1):
+        assert torch.equal(ours(x, cache_params=own), ours(x, cache_params=theirs))
+        assert torch.equal(own.get_conv_state(0), theirs.get_conv_state(0))
+        assert torch.equal(own.get_recurrent_state(0), theirs.get_recurrent_state(0))
+    beams = torch.tensor([2, 0, 0])
+    theirs.reorder_cache(beams)
+    own.reorder_cache(beams)
+    x = tokens(3, 1, seed=3)
+    assert torch.equal(ours(x, cache_params=own), ours(x, cache_params=theirs))
+
+
+@torch.no_grad()
+def test_the_state_handed_out_by_the_cache_is_not_written():
+    _, _, ours = make_pair("softplus", head_dim=32)
+    cache = KDACache()
+    ours(tokens(2, 5), cache_params=cache)
+    states = cache.get_conv_state(0), cache.get_recurrent_state(0)
+    before = [state.clone() for state in states]
+    for T in (1, 4):
+        ours(tokens(2, T), cache_params=cache)
+    assert all(torch.equal(state, copied) for state, copied in zip(states, before))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("lengths", [(5, 1, 9), (2, 0, 40, 3), (0, 4), (6, 0), (7,)], ids=str)
+@torch.no_grad()
+def test_packed_sequences_do_not_mix(gate, lengths):
+    _, _, ours = make_pair(gate, head_dim=32)
+    x = tokens(1, sum(lengths))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    packed_cache = KDACache()
+    found = ours(x, cache_params=packed_cache, cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths))
+
+    caches = [KDACache() for _ in lengths]
+    alone = [ours(part, cache_params=cache) for part, cache in zip(x.split(lengths, 1), caches) if part.shape[1]]
+    assert_same(found, torch.cat(alone, dim=1))
+    for row, (length, cache) in enumerate(zip(lengths, caches)):
+        conv, state = packed_cache.get_conv_state(0)[row], packed_cache.get_recurrent_state(0)[row]
+        if length == 0:
+            assert not conv.any() and not state.any()
+        else:
+            assert_same(conv, cache.get_conv_state(0)[0])
+            assert_same(state, cache.get_recurrent_state(0)[0])
+
+    if all(lengths):  # decoding goes on as a batch with one row per sequence
+        x = tokens(len(lengths), 1, seed=3)
+        expected = torch.cat([ours(x[n : n + 1], cache_params=cache) for n, cache in enumerate(caches)])
+        assert_same(ours(x, cache_params=packed_cache), expected)
+
+
+@torch.no_grad()
+def test_packed_input_that_cannot_be_right_is_refused():
+    _, _, ours = make_pair("softplus", head_dim=32)
+    cu_seqlens = torch.tensor([0, 2, 6])
+    with pytest.raises(ValueError, match="hidden_states: expected B = 1 with cu_seq_lens_q, got B = 2"):
+        ours(tokens(2, 6), cu_seq_lens_q=cu_seqlens)
+    cache = KDACache()
+    ours(tokens(1, 6), cache_params=cache)
+    with pytest.raises(ValueError, match="cache_params: expected an empty cache"):
+        ours(tokens(1, 6), cache_params=cache, cu_seq_lens_q=cu_seqlens)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="gate: expected one of .*, got 'sigmoid'"):
+        KimiDeltaAttention(HIDDEN, HEADS, gate="sigmoid")
+    for bound in (0.5, -5.5, float("nan")):
+        with pytest.raises(ValueError, match=r"lower_bound: expected a value in \[-5, 0\], got"):
+            KimiDeltaAttention(HIDDEN, HEADS, gate="lower_bound", lower_bound=bound)
+    with pytest.raises(ValueError, match="config.hidden_act: expected 'silu', got 'gelu'"):
+        KimiDeltaAttention.from_config(make_config("softplus", hidden_act="gelu"), 0)
+
+
+def test_new_layers_forget_slowly_at_first():
+    """Softplus gate at initialisation: log decay -A * dt with A in [1, 16] and dt in [1e-3, 1e-1]."""
+    torch.manual_seed(0)
+    gate = KimiDeltaAttention(HIDDEN, 8).forget_gate
+    A, dt = gate.A_log.exp(), torch.nn.functional.softplus(gate.dt_bias)
+    assert 1 <= A.min() and A.max() <= 16
+    assert 0.99e-3 <= dt.min() and dt.max() <= 1.01e-1
+    assert not KimiDeltaAttention(HIDDEN, 8, gate="lower_bound").forget_gate.A_log.any()
+
+
+def stub_kernel(calls: list) -> types.ModuleType:
+    """A kernel package whose chunk_kda notes its arguments and answers with tensors of the right shapes."""
+    module = types.ModuleType("stub_kernel")
+    module.__file__ = "/somewhere/torch-stable-abi211-cu130-x86_64-linux/__init__.py"
+
+    def chunk_kda(q, k, v, g, beta, **options):
+        calls.append(dict(q=q, k=k, v=v, g=g, beta=beta, **options))
+        B, _, H, D = q.shape
+        return torch.zeros_like(v), torch.zeros(B, H, D, D, device=q.device)
+
+    module.chunk_kda = chunk_kda
+    return module
+
+
+def test_the_kernel_is_for_cuda_tensors(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kernel = stub_kernel([])
+    monkeypatch.setattr(layer_module, "load_kernel", lambda: KernelLoad(kernel, "a test", None))
+    assert layer_module.kernel_for(torch.empty(1)) is None
+    with FakeTensorMode():
+        assert layer_module.kernel_for(torch.empty(1, device="cuda")) is kernel
+
+
+@pytest.mark.parametrize("gate", GATES)
+@torch.no_grad()
+def test_the_kernel_gets_raw_logits(gate, monkeypatch):
+    """No activation of gate, beta, q or k runs in the layer; they come in the model's dtype."""
+    calls = []
+    kernel = stub_kernel(calls)
+    monkeypatch.setattr(layer_module, "kernel_for", lambda x: kernel)
+    _, _, ours = make_pair(gate)
+    ours.bfloat16()
+    cache = KDACache()
+    for T in (70, 1):
+        x = tokens(2, T).bfloat16()
+        assert ours(x, cache_params=cache).shape == x.shape
+        logits = ours.forget_gate.f_b_proj(ours.forget_gate.f_a_proj(x))
+        assert torch.equal(calls[-1]["g"].flatten(-2), logits)
+        assert torch.equal(calls[-1]["beta"], ours.b_proj(x))
+    prefill, decode = calls
+    for call in calls:
+        assert call["g"].dtype == call["beta"].dtype == torch.bfloat16
+        assert call["A_log"].dtype == call["dt_bias"].dtype == torch.float32
+        assert call["A_log"].shape == (HEADS,) and call["dt_bias"].shape == (HEADS * 128,)
+        assert call["use_gate_in_kernel"] and call["use_beta_sigmoid_in_kernel"] and call["use_qk_l2norm_in_kernel"]
+        assert call["lower_bound"] == (None if gate == "softplus" else -5.0)
+        assert call["output_final_state"]
+    assert prefill["initial_state"] is None
+    assert decode["initial_state"].shape == (2, HEADS, 128, 128)
+    assert decode["initial_state"].dtype == torch.float32
+
+
+def test_backend_line(monkeypatch):
+    ours, small = KimiDeltaAttention(HIDDEN, HEADS), KimiDeltaAttention(HIDDEN, HEADS, head_dim=64)
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    assert ours.delta_rule_backend(torch.device("cpu"), bf16) == "reference: input on cpu"
+
+    monkeypatch.setattr(layer_module, "load_kernel", lambda: KernelLoad(None, None, "it rains"))
+    assert ours.delta_rule_backend(cuda, bf16) == "reference: it rains"
+
+    monkeypatch.setattr(layer_module, "load_kernel", lambda: KernelLoad(stub_kernel([]), "a test", None))
+    line = "flash-kda kernel torch-stable-abi211-cu130-x86_64-linux loaded from a test"
+    assert ours.delta_rule_backend(cuda, bf16) == line
+    assert "got torch.float32" in ours.delta_rule_backend(cuda, torch.float32)
+    assert "with 64" in small.delta_rule_backend(cuda, bf16)
+
+
+@torch.no_grad()
+def test_layer_can_be_copied_and_run_in_bfloat16():
+    _, theirs, ours = make_pair("softplus")
+    x = tokens(2, 30)
+    ours = copy.deepcopy(ours).bfloat16()
+    expected = theirs(x)
+    error = (ours(x.bfloat16()).float() - expected).norm() / expected.norm()
+    own = (theirs.bfloat16()(x.bfloat16()).float() - expected).norm() / expected.norm()
+    assert error < 1.5 * own  # as close to float32 as transformers' own bf16 module

@@ -1,0 +1,102 @@
+"""Layers that the `kernels` package puts in place of transformers' KDA functions.
+
+    FlashKDAChunk       for the function layer "chunk_kda" (prefill, also continued)
+    FlashKDARecurrent   for the function layer "fused_recurrent_kda" (decode)
+
+of Kimi-Linear, GLM-5-next and Bailing models. A function layer is one object per modeling file, so what is put there
+serves every model of that family in the process: CPU tensors, other dtypes, other head dims and grad mode are served
+too, by the reference. The state that comes in is the model's live cache tensor; it is read and never written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import reference
+from .api import chunk_kda
+
+__all__ = ["FlashKDAChunk", "FlashKDARecurrent"]
+
+
+class FlashKDAChunk(nn.Module):
+    """Kimi Delta Attention over a prompt or the next part of one; see `chunk_kda` for the formula."""
+
+    has_backward = False
+    can_torch_compile = True
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        chunk_size: int = 64,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Args:
+            query, key: [B, T, H, K], any strides.
+            value: [B, T, HV, V], any strides.
+            g: [B, T, HV, K], log decay (already activated), unbounded below.
+            beta: [B, T, HV], after the sigmoid.
+            chunk_size: taken for the signature's sake; the result does not depend on it.
+            initial_state: [N, HV, K, V] or None for zeros. N is B, or the number of packed sequences.
+            output_final_state: also return the state after the last token.
+            use_qk_l2norm_in_kernel: L2-normalise query and key first.
+            **kwargs: `cu_seq_lens_q` [N + 1], int32 or int64, marks sequences packed in one row (B = 1). Other names,
+                which transformers hands to every layer, are not looked at.
+
+        Returns:
+            (o, final_state): [B, T, HV, V] in value's dtype; [N, HV, K, V] float32, or None if not asked for.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `chunk_kda`, with the argument's name.
+        """
+        return chunk_kda(
+            query,
+            key,
+            value,
+            g,
+            beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            cu_seqlens=kwargs.get("cu_seq_lens_q"),
+        )
+
+
+class FlashKDARecurrent(nn.Module):
+    """Kimi Delta Attention over one token (or a few) from a state; arguments and results as in `FlashKDAChunk`."""
+
+    has_backward = False
+    can_torch_compile = True
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        initial_state: torch.Tensor | None,
+        output_final_state: bool,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `FlashKDAChunk.forward`. Off the GPU the tokens are run one by one, which is the faster way for few."""
+        run = chunk_kda if query.is_cuda else reference.recurrent_kda
+        return run(
+            query,
+            key,
+            value,
+            g,
+            beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            cu_seqlens=kwargs.get("cu_seq_lens_q"),
+        )
