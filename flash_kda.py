@@ -1,12 +1,13 @@
 """The importable front of the flash-kda kernel: `import flash_kda` and use it as a module.
 
-Every public name is handed on to the kernel package that `hf_layer.load_kernel()` finds, at the first use of a name;
-importing this module loads nothing and asks nobody. flash-linear-attention finds it by its name and calls
-`flash_kda.fwd` from its own `chunk_kda` (FLA_FLASH_KDA=0 turns that off).
+Every public name is handed on to the kernel package that `hf_layer.load_kernel()` finds, at the first use of
+a name; importing this module loads nothing and asks nobody. flash-linear-attention finds it by its name and
+calls `flash_kda.fwd` from its own `chunk_kda` (FLA_FLASH_KDA=0 turns that off).
 
-Without a kernel, on a machine without a GPU for instance, `reference` and `chunk_kda` are still there: the same
-`chunk_kda` with the same signature, which runs the reference and is a RuntimeError for bfloat16 CUDA tensors that only
-the kernel serves at speed. The other names of the package, `fwd` first, are an ImportError with the reason.
+Without a kernel, on a machine without a GPU for instance, `chunk_kda`, `layers` and `reference` are still
+there: the same calls with the same signatures, which run the reference. bfloat16 CUDA tensors, which only the
+kernel serves at speed, are then a RuntimeError, and `fwd`, which is the kernel, an ImportError; both say why
+nothing could be loaded.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ def __getattr__(name: str):
         return getattr(load.module, name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("chunk_kda", "reference"):
-        from hf_layer import api
+    if name == "fwd":
+        raise ImportError(
+            f"flash_kda.fwd needs the kernel, and none could be loaded: {load.reason}", name=__name__
+        )
+    from hf_layer import api, hub_layers, reference
 
-        return getattr(api, name)
-    raise ImportError(f"flash_kda.{name} needs the kernel, and none could be loaded: {load.reason}", name=__name__)
+    return {"chunk_kda": api.chunk_kda, "layers": hub_layers, "reference": reference}[name]
 
 
 def __dir__() -> list[str]:

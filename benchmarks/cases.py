@@ -1,12 +1,12 @@
 """The benchmark's shapes, gates and random inputs.
 
-Inputs: q, k, v, g and the beta logits are N(0, 1) in bf16, states N(0, 1) in fp32 and V-first [N, HV, V, K], D = 128.
+D = 128. q, k, v, g and the beta logits are N(0, 1) in bf16, states N(0, 1) in fp32 and V-first [N, HV, V, K].
 
 | gate | formula | parameters | mean log decay a token |
 | --- | --- | --- | --- |
 | strong | lower bound -5 | A_log ~ U(0, 1), dt_bias ~ U(0, 1) | about -3.2 |
 | weak | lower bound -5 | the same with dt_bias lower by 7 | about -0.002 |
-| softplus | softplus | Kimi-Linear's initialisation: A ~ U(1, 16), dt log-uniform in 1e-3 .. 1e-1 | about -0.3 |
+| softplus | softplus | Kimi-Linear's start: A ~ U(1, 16), dt log-uniform in 1e-3 .. 1e-1 | about -0.3 |
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ QUICK = ("8192/H96", "mixed6/H96", "8192/H64", "8192/H32", "8x1024/H32", "512/H3
 
 
 def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seqlens=None) -> dict:
-    """Keyword arguments of `chunk_kda` for one input set, the options of `OPTIONS` included.
+    """Keyword arguments of `chunk_kda` for one input set.
 
     One sequence is a batch of one; several are packed, with int64 `cu_seqlens` (given, or made here).
     """
@@ -125,6 +125,6 @@ def cumulative(lengths: tuple[int, ...], device: str = "cuda") -> torch.Tensor:
 
 
 def input_sets(shape: Case, gate: str, count: int, device: str = "cuda") -> list[dict]:
-    """`count` input sets of fresh random numbers that share one `cu_seqlens` tensor, as a serving step would."""
+    """`count` random input sets that share one `cu_seqlens` tensor, as the layers of a model do."""
     shared = cumulative(shape.lengths, device) if shape.N > 1 else None
     return [make_inputs(shape, gate, seed, device, shared) for seed in range(count)]

@@ -19,7 +19,7 @@ def load_kernel():
     """The kernel package built under build/, loaded as `get_kernel` loads it."""
     from kernels import get_local_kernel
 
-    return get_local_kernel(ROOT, trust_remote_code=True)
+    return get_local_kernel(ROOT)
 
 
 def load_fla():
@@ -56,9 +56,12 @@ def describe(kernel) -> dict:
 
 
 def commit_of(metadata: dict) -> str:
-    """FLASH_KDA_COMMIT, or the commit in the built variant's provenance, or "unknown"."""
+    """FLASH_KDA_COMMIT, or the built variant's commit ("-dirty" where files differed), or "unknown"."""
     given = os.environ.get("FLASH_KDA_COMMIT")
-    return given or str((metadata.get("provenance") or {}).get("commit") or "unknown")
+    if given:
+        return given
+    built_from = metadata.get("provenance", {}).get("kernel") or {}
+    return built_from.get("commit", "unknown") + ("-dirty" if built_from.get("dirty") else "")
 
 
 def print_environment(environment: dict) -> None:
@@ -73,9 +76,9 @@ def result_path(directory: Path, benchmark: str, environment: dict) -> Path:
     return directory / f"{benchmark}-{device}.json"
 
 
-def update_result(path: Path, sections: dict) -> None:
-    """Writes `sections` into the JSON object at `path`; its other sections stay as they are."""
+def update_result(path: Path, section: str, value: dict) -> None:
+    """Sets one section of the JSON object at `path`; its other sections stay as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.exists() else {}
-    content.update(sections)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    content[section] = value
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,6 +1,6 @@
 """Figures from the JSON files that the benchmarks write.
 
-    python benchmarks/plots.py benchmarks/results/prefill-<device>.json [--out DIR]
+python benchmarks/plots.py benchmarks/results/prefill-<device>.json [--out DIR]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 FLOOR, OURS, FLA = "#8a8f98", "#1f6fb4", "#d98032"
-GATE_SHADES = {"strong": 1.0, "weak": 0.75, "softplus": 0.5}
+GATE_MARKS = {"strong": "o", "weak": "s", "softplus": "^"}
 
 
 def pyplot():
@@ -19,7 +19,9 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "kda"})
+    plt.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "kda"}
+    )
     return plt
 
 
@@ -30,10 +32,10 @@ def save(figure, path: Path) -> Path:
 
 def draw_prefill(result: Path, directory: Path) -> list[Path]:
     """Every figure of one prefill result; returns the files written into `directory`."""
-    content = json.loads(result.read_text())
+    content = json.loads(result.read_text())["prefill"]
     drawn = [draw_cases(content, directory / f"{result.stem}-cases.svg")]
     for axis, fixed, label in (("T", "H", "tokens T"), ("H", "T", "heads H")):
-        series = single_sequence_series(content["prefill"], axis, fixed)
+        series = single_sequence_series(content["rows"], axis, fixed)
         if series:
             path = directory / f"{result.stem}-over-{axis}.svg"
             drawn.append(draw_series(content, series, axis, fixed, label, path))
@@ -41,29 +43,39 @@ def draw_prefill(result: Path, directory: Path) -> list[Path]:
 
 
 def draw_cases(content: dict, path: Path) -> Path:
-    """Time of every case and gate as bars: the floor, ours, FLA (logarithmic)."""
+    """Time of every case and gate: the floor, ours and FLA as marks on one logarithmic line."""
     plt = pyplot()
-    rows = content["prefill"]
+    rows = content["rows"]
     labels = list(dict.fromkeys(row["case"] for row in rows))
-    figure, axes = plt.subplots(figsize=(9, 0.55 * len(labels) + 1.6))
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(labels) + 1.4))
     for place, label in enumerate(labels):
         group = [row for row in rows if row["case"] == label]
-        height = 0.8 / len(group)
         for i, row in enumerate(group):
-            y = place - 0.4 + (i + 0.5) * height
-            shade = GATE_SHADES[row["gate"]]
-            ours = row["ours"]["eager"]["median_ms"]
+            y = place + (i - (len(group) - 1) / 2) * 0.24
+            marks = [
+                (row["floor_ms"], FLOOR, "|"),
+                (row["ours"]["eager"]["median_ms"], OURS, GATE_MARKS[row["gate"]]),
+            ]
             if "fla" in row:
-                axes.barh(y, row["fla"]["eager"]["median_ms"], height * 0.9, color=FLA, alpha=0.35 * shade + 0.15)
-            axes.barh(y, ours, height * 0.9, color=OURS, alpha=shade)
-            axes.barh(y, row["floor_ms"], height * 0.9, color=FLOOR)
-            axes.text(ours, y, f" {row['gate']} {ours:.3f}", va="center", fontsize=6)
+                marks.append((row["fla"]["eager"]["median_ms"], FLA, GATE_MARKS[row["gate"]]))
+            axes.plot([marks[0][0], marks[-1][0]], [y, y], color="#dddddd", linewidth=1, zorder=1)
+            for x, color, mark in marks:
+                axes.scatter(x, y, color=color, marker=mark, s=16 if mark != "|" else 40, zorder=2)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
     axes.set_xlabel("milliseconds an eager call, median")
-    bars = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (FLOOR, OURS, FLA)]
-    axes.legend(bars, ["memory floor", "flash-kda", "FLA Triton"], loc="upper right", frameon=False)
+    gates = [gate for gate in GATE_MARKS if any(row["gate"] == gate for row in rows)]
+    entries = [("memory floor", FLOOR, "|")]
+    entries += [(f"flash-kda, {gate}", OURS, GATE_MARKS[gate]) for gate in gates]
+    if any("fla" in row for row in rows):
+        entries += [(f"FLA Triton, {gate}", FLA, GATE_MARKS[gate]) for gate in gates]
+    handles = [
+        axes.scatter([], [], color=color, marker=mark, s=24, label=name) for name, color, mark in entries
+    ]
+    axes.legend(handles=handles, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(f"{content['environment']['device']}, prefill, D = 128")
     saved = save(figure, path)
     plt.close(figure)
@@ -71,7 +83,7 @@ def draw_cases(content: dict, path: Path) -> Path:
 
 
 def single_sequence_series(rows: list[dict], axis: str, fixed: str) -> dict:
-    """Rows of one sequence, keyed (value of `fixed`, gate) and sorted by `axis`, where there are two or more points."""
+    """Rows of one sequence by (value of `fixed`, gate), along `axis`, where there are two points or more."""
     series: dict[tuple, list[dict]] = {}
     for row in rows:
         if len(row["lengths"]) == 1:
@@ -87,7 +99,9 @@ def draw_series(content: dict, series: dict, axis: str, fixed: str, label: str, 
     for (value, gate), points in series.items():
         x = [point[axis] for point in points]
         name = f"{fixed}={value}, {gate}"
-        (drawn,) = axes.plot(x, [point["ours"]["eager"]["median_ms"] for point in points], marker="o", label=name)
+        (drawn,) = axes.plot(
+            x, [point["ours"]["eager"]["median_ms"] for point in points], marker="o", label=name
+        )
         floors = [point["floor_ms"] for point in points]
         axes.plot(x, floors, color=drawn.get_color(), linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
@@ -102,7 +116,9 @@ def draw_series(content: dict, series: dict, axis: str, fixed: str, label: str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("result", type=Path)
     parser.add_argument("--out", type=Path, help="folder of the figures; the result's own without it")
     options = parser.parse_args()

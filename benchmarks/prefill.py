@@ -4,8 +4,8 @@
     python benchmarks/prefill.py --quick                      six cases
     python benchmarks/prefill.py --cases 8192/H96 512/H32 --gates strong weak --no-fla
 
-Columns: median time between two events of an eager call, p10..p90, the floor (bytes of `Case.floor_bytes` over the
-copy bandwidth of this run), ours over the floor, FLA's median and FLA over ours. Calls shorter than 0.2 ms are also
+Columns: median time between two events around an eager call, p10..p90, the floor (`Case.floor_bytes` over the
+copy bandwidth of this run), ours over the floor, FLA's median and FLA over ours. Calls under 0.2 ms are also
 timed without host time: queued behind other work (both) and in a CUDA graph (ours).
 Writes prefill-<device>.json and the plots into --out.
 """
@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import environment as env  # noqa: E402
-import timing  # noqa: E402
-from cases import CASES, GATES, QUICK, case, input_sets  # noqa: E402
+import environment as env
+import timing
+from cases import CASES, GATES, QUICK, case, input_sets
 
 SHORT_MS = 0.2  # below this an eager call may wait for the host
 
@@ -66,7 +66,7 @@ def measure_case(shape, gate: str, ours, fla, bandwidth: float, cache_bytes: int
 
 
 def measure_host(kernel) -> dict:
-    """Host milliseconds of one eager call on a shape that the device finishes sooner than the host issues it."""
+    """Host milliseconds of an eager call, on a shape that takes the device less time than the host."""
     sets = input_sets(case((64,), 4), "strong", 2)
     buffers = [(x, torch.empty_like(x["v"]), torch.empty_like(x["initial_state"])) for x in sets]
 
@@ -76,8 +76,8 @@ def measure_host(kernel) -> dict:
     def fwd(buffer):
         x, out, final_state = buffer
         kernel.fwd(
-            x["q"], x["k"], x["v"], x["g"], x["beta"], 128**-0.5, out, x["A_log"], x["dt_bias"], x["lower_bound"],
-            initial_state=x["initial_state"], final_state=final_state,
+            x["q"], x["k"], x["v"], x["g"], x["beta"], 128**-0.5, out, x["A_log"], x["dt_bias"],
+            x["lower_bound"], initial_state=x["initial_state"], final_state=final_state,
         )  # fmt: skip
 
     return {
@@ -86,7 +86,8 @@ def measure_host(kernel) -> dict:
     }
 
 
-HEADER = f"{'case':<15}{'gate':<10}{'ms':>9}{'p10..p90':>17}{'floor':>8}{'x floor':>9}{'FLA ms':>9}{'FLA/ours':>10}"
+HEADER = f"{'case':<15}{'gate':<10}{'ms':>9}{'p10..p90':>17}"
+HEADER += f"{'floor':>8}{'x floor':>9}{'FLA ms':>9}{'FLA/ours':>10}"
 
 
 def line(row: dict) -> str:
@@ -106,13 +107,17 @@ def line(row: dict) -> str:
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     names = [shape.name for shape in CASES]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES), metavar="GATE")
     parser.add_argument("--quick", action="store_true", help=f"the cases {', '.join(QUICK)}")
     parser.add_argument("--no-fla", action="store_true", help="do not measure FLA")
     parser.add_argument("--no-plots", action="store_true", help="do not draw")
-    parser.add_argument("--out", type=Path, default=env.RESULTS, help="folder for the JSON file and the plots")
+    parser.add_argument(
+        "--out", type=Path, default=env.RESULTS, help="folder for the JSON file and the plots"
+    )
     chosen = parser.parse_args(arguments)
     wanted = chosen.cases or (QUICK if chosen.quick else names)
     chosen.cases = [shape for shape in CASES if shape.name in wanted]
@@ -136,18 +141,18 @@ def main() -> None:
         print(HEADER, flush=True)
         for shape in options.cases:
             for gate in options.gates:
-                rows.append(measure_case(shape, gate, kernel.chunk_kda, fla, bandwidth, environment["l2_bytes"]))
+                rows.append(
+                    measure_case(shape, gate, kernel.chunk_kda, fla, bandwidth, environment["l2_bytes"])
+                )
                 torch.cuda.empty_cache()
                 print(line(rows[-1]), flush=True)
-                env.update_result(
-                    path,
-                    {
-                        "environment": environment,
-                        "copy_bytes_per_s": bandwidth,
-                        "host": host,
-                        "prefill": rows,
-                    },
-                )
+                section = {
+                    "environment": environment,
+                    "copy_bytes_per_s": bandwidth,
+                    "host": host,
+                    "rows": rows,
+                }
+                env.update_result(path, "prefill", section)
     print(f"wrote {path}")
     if not options.no_plots:
         import plots

@@ -1,7 +1,7 @@
 """Timing on a CUDA device: event timings, queued launches, graph replays, host time and the copy bandwidth.
 
-Every function takes `call`, a function of one input set, and `sets`, a list of input sets that it visits in turn.
-With enough sets (`sets_to_outgrow_cache`) a call never finds its inputs in the L2 cache.
+Every function takes `call`, a function of one input set, and `sets`, a list of input sets that it visits in
+turn. With enough sets (`sets_to_outgrow_cache`) a call never finds its inputs in the L2 cache.
 All results are milliseconds a call unless the name says otherwise.
 """
 
@@ -30,9 +30,7 @@ class Timing:
     def of(cls, samples_ms: list[float]) -> Timing:
         """The summary of `samples_ms` (one number a repeat, at least one)."""
         ordered = sorted(samples_ms)
-        return cls(
-            quantile(ordered, 0.5), quantile(ordered, 0.1), quantile(ordered, 0.9), len(ordered)
-        )
+        return cls(quantile(ordered, 0.5), quantile(ordered, 0.1), quantile(ordered, 0.9), len(ordered))
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -47,7 +45,7 @@ def quantile(ordered: list[float], fraction: float) -> float:
 
 
 def sets_to_outgrow_cache(bytes_per_set: int, cache_bytes: int, most: int = 32) -> int:
-    """How many input sets of `bytes_per_set` outgrow a cache of `cache_bytes` bytes: at least 2, at most `most`."""
+    """How many input sets of `bytes_per_set` outgrow a cache of `cache_bytes`: at least 2, at most `most`."""
     return max(2, min(most, math.ceil(CACHE_MULTIPLE * cache_bytes / max(bytes_per_set, 1))))
 
 
@@ -74,10 +72,12 @@ def clamp(value: float, low: int, high: int) -> int:
 def time_eager(call, sets, budget_ms: float = 300.0) -> Timing:
     """Each call between two events, launched one after the other without waiting.
 
-    What a program that just calls the function sees: when the device is faster than the host, host time counts.
+    What a program that just calls sees: where the device is faster than the host, host time counts.
     """
     repeats = clamp(budget_ms / warm_up(call, sets), 20, 300)
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
+    ]
     for i, (begin, end) in enumerate(pairs):
         begin.record()
         call(sets[i % len(sets)])

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 
 
 class KDACache:
-    """Convolution and recurrent states of KDA layers, with the methods of transformers' `DynamicCache` that they use.
+    """Convolution and recurrent states of KDA layers, with the methods of transformers' `DynamicCache` that
+    they use.
 
-    Per layer it holds the last `conv_kernel_size` inputs of the short convolution, [B, 3 * H * D, conv_kernel_size]
-    in the model's dtype, and the recurrent state, [B, H, K, V] in float32. States are replaced, never written in
-    place, so what a getter returned stays as it was.
+    Per layer it holds the last `conv_kernel_size` inputs of the short convolution, [B, 3 * H * D,
+    conv_kernel_size] in the model's dtype, and the recurrent state, [B, H, K, V] in float32. States are
+    replaced, never written in place, so what a getter returned stays as it was.
     """
 
     def __init__(self) -> None:
@@ -26,8 +27,10 @@ class KDACache:
         """Recurrent state of a layer, [B, H, K, V] float32, or None before its first token."""
         return self.recurrent_states.get(layer_idx)
 
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, conv_kernel_size: int) -> torch.Tensor:
-        """Append the new inputs [B, C, T]; return them with the inputs that the convolution must see before them."""
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, conv_kernel_size: int
+    ) -> torch.Tensor:
+        """Append the new inputs [B, C, T]; return them behind those that the convolution must also see."""
         before = self.conv_states.get(layer_idx)
         if before is not None:
             conv_states = torch.cat([before, conv_states], dim=-1)

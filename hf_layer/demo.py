@@ -1,14 +1,15 @@
 """python -m hf_layer.demo: Kimi Delta Attention at work, and checked, in under a minute.
 
-A small random Kimi-Linear model from transformers runs twice, once as transformers has it and once with every KDA layer
-replaced by `KimiDeltaAttention` with the same weights. Both must write the same tokens. Then the delta rule itself is
-compared with its definition in float64: the kernel on a GPU, the reference's chunk form elsewhere. The exit status is 1
-if tokens differ or an error exceeds its limit.
+A small random Kimi-Linear model from transformers runs twice, once as transformers has it and once with every
+KDA layer replaced by `KimiDeltaAttention` with the same weights. Both must write the same tokens. Then the
+delta rule itself is compared with its definition in float64: the kernel on a GPU, the reference's chunk form
+elsewhere. The exit status is 1 if tokens differ or an error exceeds its limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import sys
@@ -25,9 +26,30 @@ try:
     import transformers
     from rich.console import Console
     from rich.table import Table
-    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 except ImportError as error:
-    raise ImportError("hf_layer.demo needs transformers with Kimi-Linear, and rich: pip install transformers rich") from error
+    raise ImportError("hf_layer.demo needs transformers and rich: pip install transformers rich") from error
+
+
+@contextlib.contextmanager
+def own_functions():
+    """Model files of transformers imported in here keep their own PyTorch functions, FLA installed or not.
+
+    At import they take FLA's Triton functions where they find them, which need a GPU and use TF32 for
+    float32: no measure for equal tokens.
+    """
+    found = {name: sys.modules.pop(name, None) for name in ("fla", "causal_conv1d")}
+    sys.modules.update(dict.fromkeys(found))  # None: an import fails
+    try:
+        yield
+    finally:
+        for name, module in found.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+with own_functions():
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
 KERNEL_LIMIT = 5e-3  # bf16 operands: every gate of a correct kernel stays near 4e-3
 REFERENCE_LIMIT = 1e-5  # float32 chunk form against the definition in float64
@@ -64,7 +86,7 @@ def build_models(device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module
 
 
 def replace_kda_layers(model: torch.nn.Module) -> torch.nn.Module:
-    """Put a `KimiDeltaAttention` with strictly loaded weights in place of each KDA layer of a Kimi-Linear model."""
+    """Put a `KimiDeltaAttention` with the same weights in place of each KDA layer of a Kimi-Linear model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, KimiLinearDeltaAttention):
             ours = KimiDeltaAttention.from_config(model.config, module.layer_idx)
@@ -73,7 +95,9 @@ def replace_kda_layers(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def timed(function: Callable[[], torch.Tensor], device: torch.device, repeats: int = 1) -> tuple[torch.Tensor, float]:
+def timed(
+    function: Callable[[], torch.Tensor], device: torch.device, repeats: int = 1
+) -> tuple[torch.Tensor, float]:
     """(result, seconds of one call), after one call to warm up."""
     function()
     if device.type == "cuda":
@@ -112,7 +136,11 @@ def compare_models(console: Console, device: torch.device, new_tokens: int) -> l
         failures.append("the tokens of our layers differ from transformers' own")
     backend = next(m for m in ours.modules() if isinstance(m, KimiDeltaAttention)).delta_rule_backend
     table.add_row(
-        "hf_layer", "float32", backend(device, torch.float32), f"{seconds:.2f}", "same tokens" if same else "OTHER TOKENS"
+        "hf_layer",
+        "float32",
+        backend(device, torch.float32),
+        f"{seconds:.2f}",
+        "same tokens" if same else "OTHER TOKENS",
     )
 
     if device.type == "cuda":
@@ -154,13 +182,18 @@ def gate_cases(T: int, H: int, device: torch.device) -> dict[str, tuple[torch.Te
 
 
 def compare_delta_rule(console: Console, device: torch.device) -> list[str]:
-    """The kernel (or the reference's chunk form) against the definition in float64; returns what went wrong."""
+    """The kernel (or the reference's chunks) against the definition in float64; returns what went wrong."""
     kernel = load_kernel().module if device.type == "cuda" else None
     T, H = (1000, 4) if kernel is not None else (256, 2)
     if kernel is not None:
         name, run, limit, dtype = "kernel, bfloat16", kernel.chunk_kda, KERNEL_LIMIT, torch.bfloat16
     else:
-        name, run, limit, dtype = "reference chunk form, float32", reference.chunk_kda, REFERENCE_LIMIT, torch.float32
+        name, run, limit, dtype = (
+            "reference chunk form, float32",
+            reference.chunk_kda,
+            REFERENCE_LIMIT,
+            torch.float32,
+        )
 
     q, k, v = (torch.randn(1, T, H, 128, device=device).to(dtype) for _ in range(3))
     beta = torch.randn(1, T, H, device=device).to(dtype)
@@ -171,7 +204,9 @@ def compare_delta_rule(console: Console, device: torch.device) -> list[str]:
         "use_beta_sigmoid_in_kernel": True,
     }
     failures = []
-    table = Table(title=f"{name}, against the recurrence in float64: relative RMS error (B=1, T={T}, H={H}, D=128)")
+    table = Table(
+        title=f"{name}, against the recurrence in float64: relative RMS error (B=1, T={T}, H={H}, D=128)"
+    )
     for column in ("gate", "output", "final state", "limit"):
         table.add_column(column)
     for gate, (g, options) in gate_cases(T, H, device).items():
@@ -187,7 +222,7 @@ def compare_delta_rule(console: Console, device: torch.device) -> list[str]:
         _, fast = timed(lambda: kernel.chunk_kda(q, k, v, g, beta, **common), device, repeats=20)
         _, slow = timed(lambda: reference.chunk_kda(q, k, v, g, beta, **common), device, repeats=3)
         console.print(
-            f"T={T}, H={H}: kernel {fast * 1e3:.3f} ms, reference {slow * 1e3:.1f} ms a call ({slow / fast:.0f}x)"
+            f"T={T}, H={H}: kernel {fast * 1e3:.3f} ms, reference {slow * 1e3:.1f} ms ({slow / fast:.0f}x)"
         )
     return failures
 
@@ -195,7 +230,9 @@ def compare_delta_rule(console: Console, device: torch.device) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hf_layer.demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -209,9 +246,11 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    console.print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}", highlight=False)
+    console.print(
+        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}", highlight=False
+    )
     console.print(f"backend: {kernel_status()}", highlight=False, markup=False)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         failures = compare_models(console, device, args.new_tokens) + compare_delta_rule(console, device)
     for failure in failures:
         console.print(f"FAILED: {failure}", style="bold red")

@@ -1,8 +1,9 @@
 """Kimi Delta Attention as a PyTorch module, with transformers' parameter names.
 
-The layer of "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv:2510.26692): projections, a short
-causal convolution with SiLU, the gated delta rule with one decay per key channel, and an RMS norm with a sigmoid gate.
-A state dict of transformers' KimiLinearDeltaAttention or Glm5NextTextLinearAttention loads strictly.
+The layer of "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv:2510.26692): projections, a
+short causal convolution with SiLU, the gated delta rule with one decay per key channel, and an RMS norm with
+a sigmoid gate. A state dict of transformers' KimiLinearDeltaAttention or Glm5NextTextLinearAttention loads
+strictly.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import reference
+from .hub_layers import packed_boundaries
 from .loading import load_kernel
 
 GATES = ("softplus", "lower_bound")
@@ -47,7 +49,7 @@ class ForgetGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """FLA's initialisation: A in [1, 16] (1 for the lower-bound gate), softplus(dt_bias) log-uniform in [1e-3, 1e-1]."""
+        """FLA's initialisation: A in [1, 16], or 1 with a lower bound; softplus(dt_bias) in [1e-3, 1e-1]."""
         if self.lower_bound is None:
             self.A_log.uniform_(1.0, 16.0).log_()
         else:
@@ -67,7 +69,7 @@ class ForgetGate(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """weight * x / rms(x) * sigmoid(gate) over the last dimension, in float32; x, gate [..., D], result in x's dtype."""
+    """weight * x / rms(x) * sigmoid(gate), computed in float32; x, gate and result [..., D], in x's dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -80,7 +82,8 @@ class GatedRMSNorm(nn.Module):
 
 
 class KimiDeltaAttention(nn.Module):
-    """One KDA layer. The delta rule runs on the flash-kda kernel where that serves the call, else on the reference.
+    """One KDA layer. The delta rule runs on the flash-kda kernel where that serves the call, else on the
+    reference.
 
     Args:
         hidden_size: width of the model.
@@ -168,26 +171,33 @@ class KimiDeltaAttention(nn.Module):
             cache_params: transformers' cache or `KDACache`; read and updated. Recurrent states in it are
                 [B, H, K, V] float32.
             attention_mask: [B, T], 0 at padding tokens, which then leave the states alone but for the decay.
-            **kwargs: `cu_seq_lens_q` [N + 1], integer, marks N sequences packed in one row (B = 1); the cache then
-                holds N rows afterwards and must be empty before. Other names, which transformers hands to every
-                layer, are not looked at.
+            **kwargs: `cu_seq_lens_q` or `cu_seqlens` [N + 1], int32 or int64, marks N sequences packed in one
+                row (B = 1); the cache must be empty then, and holds N rows afterwards. Other names, which
+                transformers hands to every layer, are not looked at.
 
         Returns:
             [B, T, hidden_size] in the dtype of `hidden_states`.
 
         Raises:
-            ValueError: for a packed input with B != 1 or with a cache that already holds tokens.
+            ValueError: for a packed input with B != 1, with a cache that already holds tokens, or marked by
+                `seq_idx` alone.
         """
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        cu_seqlens = packed_boundaries(kwargs)
         state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
         if cu_seqlens is not None and hidden_states.shape[0] != 1:
-            raise ValueError(f"hidden_states: expected B = 1 with cu_seq_lens_q, got B = {hidden_states.shape[0]}")
+            raise ValueError(
+                f"hidden_states: expected B = 1 with packed sequences, got B = {hidden_states.shape[0]}"
+            )
         if cu_seqlens is not None and state is not None:
-            raise ValueError("cache_params: expected an empty cache with cu_seq_lens_q, got one that holds tokens")
+            raise ValueError(
+                "cache_params: expected an empty cache with packed sequences, got one that holds tokens"
+            )
 
-        mixed = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1)
+        mixed = torch.cat(
+            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
+        )
         if cu_seqlens is None:
             mixed = self._short_conv(mixed, cache_params)
         else:
@@ -205,18 +215,20 @@ class KimiDeltaAttention(nn.Module):
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
 
     def delta_rule_backend(self, device: torch.device, dtype: torch.dtype) -> str:
-        """One line that says what runs the delta rule of inputs on `device` in `dtype` (without grad), and why."""
+        """One line: what runs the delta rule of inputs on `device` in `dtype` (without grad), and why."""
         if device.type != "cuda":
             return f"reference: input on {device.type}"
         load = load_kernel()
         if load.module is None:
             return load.status
         if dtype != torch.bfloat16 or self.head_dim != 128:
-            return f"reference: the kernel serves bfloat16 with head_dim 128, got {dtype} with {self.head_dim}"
+            return (
+                f"reference: the kernel serves bfloat16 with head_dim 128, got {dtype} with {self.head_dim}"
+            )
         return load.status
 
     def _delta_rule(self, q, k, v, g, beta, state, output_final_state, cu_seqlens):
-        """Raw gate and beta logits in, (o, final state) out. The kernel's chunk_kda itself falls back where it must."""
+        """Raw gate and beta logits in, (o, final state) out. The kernel's chunk_kda falls back by itself."""
         kernel = kernel_for(q)
         if kernel is not None:
             run = kernel.chunk_kda
@@ -249,7 +261,7 @@ class KimiDeltaAttention(nn.Module):
         return self.conv1d(x)[..., end - tokens : end].transpose(1, 2)
 
     def _packed_short_conv(self, x: torch.Tensor, cu_seqlens: torch.Tensor, cache) -> torch.Tensor:
-        """The same for N sequences in one row [1, T, C]: a tap never reaches over the start of its sequence."""
+        """The same for N sequences in one row [1, T, C]: no tap reaches over the start of its sequence."""
         token = torch.arange(x.shape[1], device=x.device)
         start = cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)]
         taps = self.conv1d.weight[:, 0].flip(-1)  # taps[:, j] weighs the input j tokens back
@@ -261,6 +273,8 @@ class KimiDeltaAttention(nn.Module):
             window = torch.arange(-self.conv_kernel_size, 0, device=x.device)
             last = cu_seqlens[1:, None] + window
             inside = last >= cu_seqlens[:-1, None]
-            rows = torch.where(inside[..., None], x[0, last.clamp_min(0)], 0)
-            cache.update_conv_state(rows.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+            rows = torch.where(inside[..., None], x[0, last.clamp(0, x.shape[1] - 1)], 0)
+            cache.update_conv_state(
+                rows.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
+            )
         return out

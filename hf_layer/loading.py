@@ -12,7 +12,6 @@ Nothing is imported, opened or asked for before `load_kernel` is called.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -28,6 +27,9 @@ ENV_TRUST = "FLASH_KDA_TRUST_REMOTE_CODE"
 
 logger = logging.getLogger(__name__)
 
+# Results by arguments. Not functools.lru_cache: torch.compile looks a dictionary up but traces through that.
+_loads: dict[tuple, KernelLoad] = {}
+
 
 @dataclass(frozen=True)
 class KernelLoad:
@@ -35,8 +37,8 @@ class KernelLoad:
 
     Attributes:
         module: the kernel package (`fwd`, `chunk_kda`, `layers`, `reference`), or None.
-        source: where it came from, in words: "LOCAL_KERNELS", "the checkout's build/" or "the Hub (org/flash-kda)".
-            None when no place was tried.
+        source: where it came from, in words: "LOCAL_KERNELS", "the checkout's build/" or "the Hub
+            (org/flash-kda)". None when no place was tried.
         reason: why `module` is None; None when it is not.
     """
 
@@ -64,8 +66,9 @@ def load_kernel(
         repo_id: Hub repository. Default: the environment variable FLASH_KDA_REPO, else "org/flash-kda".
         version: major version of the package on the Hub; not used when `revision` is given.
         revision: branch, tag or commit on the Hub, instead of a version.
-        trust_remote_code: as in `kernels.get_kernel`. The kernel is native code, so code from the Hub is refused by
-            default unless its publisher is trusted there. Default: True when FLASH_KDA_TRUST_REMOTE_CODE=1.
+        trust_remote_code: as in `kernels.get_kernel`. The kernel is native code, so code from the Hub is
+            refused by default unless its publisher is trusted there. Default: True when
+            FLASH_KDA_TRUST_REMOTE_CODE=1.
 
     Returns:
         A `KernelLoad`. Failures are not raised: they are in its `reason`, and stay there (no second try).
@@ -75,7 +78,10 @@ def load_kernel(
     trust = tuple(trust_remote_code) if isinstance(trust_remote_code, list) else bool(trust_remote_code)
     repo_id = repo_id or os.environ.get(ENV_REPO) or REPO_ID
     version = None if revision is not None else version
-    return _load(repo_id, version, revision, trust, os.environ.get("LOCAL_KERNELS", ""))
+    key = (repo_id, version, revision, trust, os.environ.get("LOCAL_KERNELS", ""))
+    if key not in _loads:
+        _loads[key] = _load(*key)
+    return _loads[key]
 
 
 def kernel_status() -> str:
@@ -83,7 +89,6 @@ def kernel_status() -> str:
     return load_kernel().status
 
 
-@functools.lru_cache(maxsize=None)
 def _load(
     repo_id: str, version: int | None, revision: str | None, trust: bool | tuple[str, ...], local_kernels: str
 ) -> KernelLoad:
@@ -116,7 +121,7 @@ def _load(
 
 
 def checkout_with_build() -> Path | None:
-    """Root of the source checkout this package runs from, if it holds at least one built variant; else None."""
+    """Root of the source checkout this package runs from, if it holds a built variant; else None."""
     root = Path(__file__).resolve().parent.parent
     if (root / "build.toml").is_file() and any(root.glob("build/*/metadata.json")):
         return root

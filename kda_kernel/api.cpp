@@ -8,7 +8,7 @@
 
 #include "checks.h"
 #include "params.h"
-#include "prefill/portable.h"
+#include "prefill/launch.h"
 
 namespace kda {
 namespace {
@@ -26,12 +26,14 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_compute_capability(int32_t device) {
+// As 10 * major + minor.
+int compute_capability(int32_t device) {
   int major = 0, minor = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query");
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device query");
   STD_TORCH_CHECK(major >= kMinComputeCapability, "q: expected a GPU of compute capability 8.0 or newer, got cuda:", device,
                   " with ", major, ".", minor);
+  return 10 * major + minor;
 }
 
 FloatKind float_kind(const Tensor& x) {
@@ -70,7 +72,6 @@ Sizes check_token_tensors(const Tensor& q, const Tensor& k, const Tensor& v, con
   STD_TORCH_CHECK(v.dim() == 4, "v: expected shape [B, T, HV, 128], got ", bracketed(v.sizes()));
   STD_TORCH_CHECK(q.is_cuda(), "q: expected a CUDA tensor, got one on another device type");
   const int32_t device = q.get_device_index();
-  check_compute_capability(device);
   Sizes s{.B = q.size(0), .T = q.size(1), .H = q.size(2), .HV = v.size(2), .N = q.size(0)};
   STD_TORCH_CHECK(q.size(3) == kHeadDim, "q: expected K = 128, got K = ", q.size(3));
   STD_TORCH_CHECK(v.size(3) == kHeadDim, "v: expected V = 128, got V = ", v.size(3));
@@ -142,16 +143,18 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                  const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& out,
                  std::optional<torch::stable::Tensor>& final_state, double scale, std::optional<double> lower_bound,
                  bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
-                 bool allow_neg_eigval, bool state_v_first) {
+                 bool allow_neg_eigval, bool state_v_first, bool portable) {
   using namespace kda;
   const Sizes sizes = check_token_tensors(q, k, v, g, beta, out, cu_seqlens);
   const int32_t device = q.get_device_index();
+  const int capability = compute_capability(device);
   check_gate(A_log, dt_bias, lower_bound, use_gate_in_kernel, sizes.HV, device);
   check_state(initial_state, "initial_state", state_v_first, sizes.N, sizes.HV, device);
   check_state(final_state, "final_state", state_v_first, sizes.N, sizes.HV, device);
   STD_TORCH_CHECK(!initial_state || !final_state || initial_state->scalar_type() == final_state->scalar_type(),
                   "final_state: expected the dtype of initial_state, ", dtype_name(initial_state->scalar_type()),
                   ", got ", dtype_name(final_state->scalar_type()));
+  STD_TORCH_CHECK(sizes.T < (int64_t{1} << 31), "q: expected fewer than 2^31 tokens, got T = ", sizes.T);
   STD_TORCH_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
   STD_TORCH_CHECK(sizes.N * sizes.HV < (int64_t{1} << 31), "q: expected fewer than 2^31 (sequence, head) pairs, got N = ",
                   sizes.N, ", HV = ", sizes.HV);
@@ -189,5 +192,8 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
       .out_aligned = rows_aligned(out)};
 
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_prefill_portable(params, current_stream(device)), "launch of the portable prefill kernel");
+  const bool hopper = capability == 90 && !portable;
+  const auto launch = hopper ? launch_prefill_sm90 : launch_prefill_portable;
+  check_cuda(launch(params, current_stream(device)), hopper ? "launch of the SM90a prefill kernel"
+                                                            : "launch of the portable prefill kernel");
 }

@@ -15,4 +15,4 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                  const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& out,
                  std::optional<torch::stable::Tensor>& final_state, double scale, std::optional<double> lower_bound,
                  bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
-                 bool allow_neg_eigval, bool state_v_first);
+                 bool allow_neg_eigval, bool state_v_first, bool portable);

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Build the kernel package for this machine's torch and CUDA toolkit into build/<variant>/.
 
-The folder is what kernel-builder makes of the same build.toml: `kernels.get_local_kernel` loads it from the repository
-root, and `LOCAL_KERNELS="org/flash-kda=<repository>"` puts it in the Hub's place. A torch without CUDA is enough to
-build, the GPU may be elsewhere.
+The folder is what kernel-builder makes of the same build.toml: `kernels.get_local_kernel` loads it from the
+repository root, and `LOCAL_KERNELS="org/flash-kda=<repository>"` puts it in the Hub's place. A torch without
+CUDA is enough to build, the GPU may be elsewhere.
 """
 
 from __future__ import annotations
@@ -31,14 +31,26 @@ WORK_FOLDERS = (".objects", "logs")
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Exit code: 0 built (or current), 1 not.")
-    parser.add_argument("--archs", metavar="LIST", help="architectures, e.g. 8.0,9.0; or native (default: build.toml's)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog="Exit code: 0 built (or current), 1 not."
+    )
+    parser.add_argument(
+        "--archs", metavar="LIST", help="architectures, e.g. 8.0,9.0; or native (default: build.toml's)"
+    )
     parser.add_argument("--debug", action="store_true", help="keep line information and symbols")
     parser.add_argument("--clean", action="store_true", help="remove objects, logs and the variant first")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="parallel compilations")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to put <variant>/ (default: ROOT/build)")
-    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="folder of build.toml (default: this one)")
-    parser.add_argument("--check", action="store_true", help="only say whether a whole build of these sources is there")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="parallel compilations"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to put <variant>/ (default: ROOT/build)"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="DIR", help="folder of build.toml (default: this one)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether a whole build of these sources is there"
+    )
     arguments = parser.parse_args(words)
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected a number from 1 on, got {arguments.jobs}")
@@ -88,7 +100,7 @@ def pick_archs(project: Project, toolchain: Toolchain, asked: list[str] | None, 
         if unknown and (asked or not known):
             raise BuildError(f"{toolchain.nvcc} does not know {', '.join(unknown)} ({toolchain.description})")
         if unknown:
-            say(f"note: {toolchain.description} does not know {', '.join(unknown)}; left out of {section.name}")
+            say(f"note: {', '.join(unknown)} left out of {section.name}: unknown to {toolchain.description}")
         picked[section.name] = known
     return picked
 
@@ -104,7 +116,9 @@ def run_steps(steps: list[Step], jobs: int, console) -> int:
     due = [step for step in steps if not step.is_current()]
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        Progress(*columns, console=console, transient=True, disable=not (due and console.is_terminal)) as progress,
+        Progress(
+            *columns, console=console, transient=True, disable=not (due and console.is_terminal)
+        ) as progress,
         ThreadPoolExecutor(jobs) as pool,
     ):
         task = progress.add_task("compiling", total=len(due))
@@ -118,12 +132,16 @@ def run_steps(steps: list[Step], jobs: int, console) -> int:
                 raise
             progress.advance(task)
             seconds = time.monotonic() - started
-            console.print(f"[{count}/{len(due)}] {futures[future].name} ({seconds:.0f} s)", markup=False, highlight=False)
+            console.print(
+                f"[{count}/{len(due)}] {futures[future].name} ({seconds:.0f} s)",
+                markup=False,
+                highlight=False,
+            )
     return len(due)
 
 
 def report_abi(extension: Path, say) -> None:
-    """Say whether the extension keeps to the Hub's manylinux and Python ABIs, if kernel-abi-check is installed."""
+    """Say whether the extension keeps to the ABIs that the Hub asks for, if kernel-abi-check is installed."""
     try:
         from kernel_abi_check import ObjectFile
     except ImportError:
@@ -169,12 +187,16 @@ def build(arguments: argparse.Namespace, console) -> Path:
             raise BuildError("a source changed during the build; run it again")
         if linked:
             report_abi(link.output, say)
-        builder = f"{project.name}/scripts/build_kernel.py with kernels {importlib.metadata.version('kernels')}"
+        builder = (
+            f"{project.name}/scripts/build_kernel.py with kernels {importlib.metadata.version('kernels')}"
+        )
         changed = variants.install(project, variant, link.output, kernel_id, all_archs, builder)
 
     git = variants.git_status(project.root)
     if git and git["dirty"]:
-        say("note: tracked files have uncommitted changes; the metadata says so, and `kernels` warns when it loads this")
+        say(
+            "note: tracked files have uncommitted changes; the metadata says so, and `kernels` warns about it"
+        )
     size = link.output.stat().st_size / 2**20
     what = "is current" if not changed else f"built, {size:.1f} MiB"
     say(f"{variant} {what}; {compiled} of {len(steps)} objects compiled, {time.monotonic() - started:.0f} s")

@@ -1,7 +1,7 @@
-"""The shared vocabulary of the tests: gates at their extremes, inputs for every way to call KDA, and the error measure.
+"""The shared words of the tests: gates at their extremes, inputs for every kind of call, the error measure.
 
-`make_inputs` gives keyword arguments that go unchanged into the kernel package's `chunk_kda` and into the reference;
-`to_float64` upcasts the same (already rounded) numbers for the float64 reference.
+`make_inputs` gives keyword arguments that go unchanged into the kernel package's `chunk_kda` and into the
+reference; `to_float64` upcasts the same (already rounded) numbers for the float64 reference.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class _Random:
         return low + (high - low) * torch.rand(*shape, generator=self.generator, device=self.device)
 
 
-# A gate takes random numbers and the shape [B, T, HV, K] of g, and returns the arguments that make up the gate:
-# raw g in float32 with A_log [HV], dt_bias [HV, K] and lower_bound, or for a pre-activated gate the log decay itself.
+# A gate takes random numbers and the shape [B, T, HV, K] of g, and returns the arguments that make up the
+# gate: raw g in float32 with A_log [HV], dt_bias [HV, K] and lower_bound, or for a pre-activated gate the log
+# decay itself.
 
 
 def _raw(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower_bound: float | None) -> dict:
@@ -59,9 +60,9 @@ def _softplus_init(random: _Random, B: int, T: int, HV: int, K: int) -> dict:
 
 
 def _softplus_resets(random: _Random, B: int, T: int, HV: int, K: int) -> dict:
-    """Weak decay, but 5 % of all elements are a log decay of -2600 (exp(A_log) = 200, as the largest in checkpoints)."""
+    """Weak decay, but 5 % of all log decays are -2600 (exp(A_log) = 200, like the largest in checkpoints)."""
     reset = random.uniform(0, 1, B, T, HV, K) < 0.05
-    g = torch.where(reset, torch.full_like(reset, 13.0, dtype=torch.float32), random.uniform(-11, -9, B, T, HV, K))
+    g = random.uniform(-11, -9, B, T, HV, K).masked_fill(reset, 13.0)
     A_log = torch.full((HV,), math.log(200.0), device=random.device)
     return _raw(g, A_log, torch.zeros(HV, K, device=random.device), None)
 
@@ -100,7 +101,7 @@ def activate(
 
 
 def conv_layout(x: torch.Tensor) -> torch.Tensor:
-    """The same values with token the contiguous dimension, as q, k, v leave transformers' short convolution."""
+    """The same values with T as the contiguous dimension, as transformers' short convolution leaves q, k, v."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -138,13 +139,14 @@ def make_inputs(
         B, T, H, HV, K, V: sizes; HV is H by default.
         cu_seqlens: where packed sequences begin and end, from 0 to T, with B = 1.
         initial_state: pass one, normal numbers times 0.1 in state_dtype, in the layout of state_v_first.
-        g_dtype, beta_dtype: dtype (by default) for raw g and for beta, float32 for a pre-activated g.
+        g_dtype, beta_dtype: by default dtype, but float32 for a pre-activated g.
         preactivated: hand over the log decay of the gate instead of its raw inputs.
         l2norm, beta_sigmoid: leave these two to the call, or do them here.
         keys: "random", or "parallel" for keys that nearly point the same way (an ill-conditioned chunk).
 
-    Returns: q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first, cu_seqlens.
+    Returns: q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        lower_bound, state_v_first, cu_seqlens.
     """
     HV = H if HV is None else HV
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -166,7 +168,11 @@ def make_inputs(
     if g_dtype is None:
         g_dtype = dtype if gate_inputs["use_gate_in_kernel"] else torch.float32
     gate_inputs["g"] = gate_inputs["g"].to(g_dtype)
-    state = 0.1 * random.normal(N, HV, *((V, K) if state_v_first else (K, V))) if initial_state else None
+    state, offsets = None, None
+    if initial_state:
+        state = (0.1 * random.normal(N, HV, *((V, K) if state_v_first else (K, V)))).to(state_dtype)
+    if cu_seqlens is not None:
+        offsets = torch.tensor(cu_seqlens, dtype=cu_seqlens_dtype, device=device)
     return dict(
         q=q.to(dtype),
         k=k.to(dtype),
@@ -174,25 +180,26 @@ def make_inputs(
         beta=beta.to(dtype if beta_dtype is None else beta_dtype),
         **gate_inputs,
         scale=scale,
-        initial_state=None if state is None else state.to(state_dtype),
+        initial_state=state,
         output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=l2norm,
         use_beta_sigmoid_in_kernel=beta_sigmoid,
         allow_neg_eigval=allow_neg_eigval,
         state_v_first=state_v_first,
-        cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=cu_seqlens_dtype, device=device),
+        cu_seqlens=offsets,
     )
 
 
 def to_float64(kwargs: dict) -> dict:
     """The same arguments with every floating-point tensor in float64."""
     return {
-        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in kwargs.items()
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in kwargs.items()
     }
 
 
 def rel_rms(ref: torch.Tensor, x: torch.Tensor) -> float:
-    """Root mean square of x - ref over that of ref, in float64. Anything not finite on either side is an error of inf."""
+    """RMS of x - ref over RMS of ref, in float64. Anything not finite on either side is an error of inf."""
     if ref.shape != x.shape:
         raise ValueError(f"x: expected the shape of ref, {list(ref.shape)}, got {list(x.shape)}")
     ref, x = ref.detach().double(), x.detach().double().to(ref.device)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_layer import KDACache, KernelLoad, KimiDeltaAttention
+from hf_layer import KDACache, KernelLoad, KimiDeltaAttention, load_kernel
 from hf_layer import layer as layer_module
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig  # noqa: E402
-from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextLinearAttention  # noqa: E402
-from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention  # noqa: E402
+pytest.importorskip("rich")
+from hf_layer.demo import own_functions  # noqa: E402
+
+with own_functions():
+    from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
+    from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextLinearAttention
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
 HIDDEN, HEADS = 48, 2
 THEIRS = {
@@ -37,7 +42,7 @@ def make_config(gate: str, head_dim: int = 128, **options):
 
 
 def make_pair(gate: str, head_dim: int = 128):
-    """(config, transformers' module, ours) with equal random weights that make every part of the layer matter."""
+    """(config, transformers' module, ours) with equal weights that make every part of the layer matter."""
     torch.manual_seed(0)
     config = make_config(gate, head_dim)
     theirs = THEIRS[gate][1](config, 0)
@@ -75,7 +80,9 @@ def test_state_dict_loads_strictly(gate):
 
 def test_own_state_dict_loads_into_transformers():
     _, theirs, ours = make_pair("softplus")
-    theirs.load_state_dict(KimiDeltaAttention.from_config(make_config("softplus"), 0).state_dict(), strict=True)
+    theirs.load_state_dict(
+        KimiDeltaAttention.from_config(make_config("softplus"), 0).state_dict(), strict=True
+    )
     assert not torch.equal(theirs.q_proj.weight, ours.q_proj.weight)
 
 
@@ -178,7 +185,9 @@ def test_packed_sequences_do_not_mix(gate, lengths):
     found = ours(x, cache_params=packed_cache, cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths))
 
     caches = [KDACache() for _ in lengths]
-    alone = [ours(part, cache_params=cache) for part, cache in zip(x.split(lengths, 1), caches) if part.shape[1]]
+    alone = [
+        ours(part, cache_params=cache) for part, cache in zip(x.split(lengths, 1), caches) if part.shape[1]
+    ]
     assert_same(found, torch.cat(alone, dim=1))
     for row, (length, cache) in enumerate(zip(lengths, caches)):
         conv, state = packed_cache.get_conv_state(0)[row], packed_cache.get_recurrent_state(0)[row]
@@ -198,8 +207,10 @@ def test_packed_sequences_do_not_mix(gate, lengths):
 def test_packed_input_that_cannot_be_right_is_refused():
     _, _, ours = make_pair("softplus", head_dim=32)
     cu_seqlens = torch.tensor([0, 2, 6])
-    with pytest.raises(ValueError, match="hidden_states: expected B = 1 with cu_seq_lens_q, got B = 2"):
+    with pytest.raises(ValueError, match="hidden_states: expected B = 1 with packed sequences, got B = 2"):
         ours(tokens(2, 6), cu_seq_lens_q=cu_seqlens)
+    with pytest.raises(ValueError, match="seq_idx: expected cu_seq_lens_q"):
+        ours(tokens(1, 6), seq_idx=torch.tensor([[0, 0, 1, 1, 1, 1]]))
     cache = KDACache()
     ours(tokens(1, 6), cache_params=cache)
     with pytest.raises(ValueError, match="cache_params: expected an empty cache"):
@@ -271,12 +282,27 @@ def test_the_kernel_gets_raw_logits(gate, monkeypatch):
         assert call["g"].dtype == call["beta"].dtype == torch.bfloat16
         assert call["A_log"].dtype == call["dt_bias"].dtype == torch.float32
         assert call["A_log"].shape == (HEADS,) and call["dt_bias"].shape == (HEADS * 128,)
-        assert call["use_gate_in_kernel"] and call["use_beta_sigmoid_in_kernel"] and call["use_qk_l2norm_in_kernel"]
+        assert (
+            call["use_gate_in_kernel"]
+            and call["use_beta_sigmoid_in_kernel"]
+            and call["use_qk_l2norm_in_kernel"]
+        )
         assert call["lower_bound"] == (None if gate == "softplus" else -5.0)
         assert call["output_final_state"]
     assert prefill["initial_state"] is None
     assert decode["initial_state"].shape == (2, HEADS, 128, 128)
     assert decode["initial_state"].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_compiles_without_graph_breaks_once_the_kernel_is_loaded(kernel_package, monkeypatch):
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/flash-kda={Path(kernel_package.__file__).parent}")
+    monkeypatch.setattr(layer_module, "kernel_for", lambda x: load_kernel().module)  # on the CPU, too
+    _, _, ours = make_pair("softplus", head_dim=32)
+    x = tokens(2, 5)
+    expected = ours(x)
+    assert load_kernel().module is kernel_package
+    assert_same(torch.compile(ours, backend="eager", fullgraph=True)(x), expected)
 
 
 def test_backend_line(monkeypatch):

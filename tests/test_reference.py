@@ -55,7 +55,9 @@ def assert_same(expected, got, tolerance=EXACT):
 @pytest.mark.parametrize("preactivated", [False, True], ids=["raw", "preactivated"])
 @pytest.mark.parametrize("gate", GATES)
 def test_definition(form, gate, preactivated):
-    kwargs = to_float64(make_inputs(gate, 2, 37, 2, 4, **SMALL, initial_state=True, preactivated=preactivated))
+    kwargs = to_float64(
+        make_inputs(gate, 2, 37, 2, 4, **SMALL, initial_state=True, preactivated=preactivated)
+    )
     assert_same(definition(**kwargs), form(**kwargs))
 
 
@@ -95,13 +97,16 @@ def test_options(form, options, cu_seqlens):
 @pytest.mark.parametrize("without", ["A_log", "dt_bias"])
 @FORMS
 def test_gate_without_a_parameter(form, without, lower_bound):
-    kwargs = to_float64(make_inputs("lower-strong", 1, 20, 2, **SMALL)) | {without: None, "lower_bound": lower_bound}
+    kwargs = to_float64(make_inputs("lower-strong", 1, 20, 2, **SMALL)) | {
+        without: None,
+        "lower_bound": lower_bound,
+    }
     assert_same(definition(**kwargs), form(**kwargs))
 
 
-def test_flat_dt_bias():
+def test_parameters_in_other_shapes():
     kwargs = make_inputs("softplus-init", 1, 20, 2, **SMALL)
-    flat = kwargs | dict(dt_bias=kwargs["dt_bias"].flatten())
+    flat = kwargs | dict(dt_bias=kwargs["dt_bias"].flatten(), A_log=kwargs["A_log"].view(1, 1, 2, 1))
     for form in (recurrent_kda, chunk_kda):
         assert_same(form(**kwargs), form(**flat), 0)
 
@@ -117,17 +122,22 @@ def test_chunk_borders(gate, T):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_float32_stays_accurate_at_full_size(gate):
-    # 128-wide heads over many chunks; measured at most 4e-7. Mixed channels have the same log decay of -1e-4 at every
-    # token, so that exp's one rounding to float32 (3e-8) adds up: measured 4e-6, and as much in recurrent_kda.
+    # 128-wide heads over many chunks; measured at most 4e-7. Mixed channels have the same log decay of -1e-4
+    # at every token, so that exp's one rounding to float32 (3e-8) adds up: measured 4e-6, and as much in
+    # recurrent_kda.
     kwargs = make_inputs(gate, 1, 1000, 1, initial_state=True, dtype=torch.float32)
-    assert_same(recurrent_kda(**to_float64(kwargs)), chunk_kda(**kwargs), 1e-5 if gate == "mixed-channels" else 1e-6)
+    assert_same(
+        recurrent_kda(**to_float64(kwargs)), chunk_kda(**kwargs), 1e-5 if gate == "mixed-channels" else 1e-6
+    )
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 @FORMS
 def test_pack_is_its_sequences(form, gate, dtype):
-    kwargs = make_inputs(gate, 1, PACK[-1], 1, 2, **SMALL, cu_seqlens=PACK, cu_seqlens_dtype=dtype, initial_state=True)
+    kwargs = make_inputs(
+        gate, 1, PACK[-1], 1, 2, **SMALL, cu_seqlens=PACK, cu_seqlens_dtype=dtype, initial_state=True
+    )
     kwargs = to_float64(kwargs)
     o, final_state = form(**kwargs)
     for n, (start, end) in enumerate(zip(PACK, PACK[1:])):
@@ -140,9 +150,14 @@ def test_pack_is_its_sequences(form, gate, dtype):
 @pytest.mark.parametrize("cut", [1, 31, 32, 64, 99])
 @pytest.mark.parametrize("state_v_first", [False, True], ids=["k-first", "v-first"])
 def test_streaming_is_one_shot(form, cut, state_v_first):
-    kwargs = make_inputs("softplus-init", 2, 100, 1, 2, **SMALL, initial_state=True, state_v_first=state_v_first)
+    kwargs = make_inputs(
+        "softplus-init", 2, 100, 1, 2, **SMALL, initial_state=True, state_v_first=state_v_first
+    )
     kwargs = to_float64(kwargs)
-    head, tail = ({n: kwargs[n][:, part] for n in ("q", "k", "v", "g", "beta")} for part in (slice(cut), slice(cut, None)))
+    head, tail = (
+        {n: kwargs[n][:, part] for n in ("q", "k", "v", "g", "beta")}
+        for part in (slice(cut), slice(cut, None))
+    )
     o_head, state = form(**kwargs | head)
     o_tail, state = form(**kwargs | tail | dict(initial_state=state))
     assert_same(form(**kwargs), (torch.cat((o_head, o_tail), 1), state))
@@ -150,14 +165,20 @@ def test_streaming_is_one_shot(form, cut, state_v_first):
 
 @FORMS
 @pytest.mark.parametrize("initial_state", [False, True], ids=["zeros", "initial_state"])
-@pytest.mark.parametrize("B,T,cu_seqlens", [(2, 0, None), (0, 3, None), (0, 0, None), (1, 0, [0, 0, 0]), (1, 0, [0])])
+@pytest.mark.parametrize(
+    "B,T,cu_seqlens", [(2, 0, None), (0, 3, None), (0, 0, None), (1, 0, [0, 0, 0]), (1, 0, [0])]
+)
 def test_no_tokens(form, B, T, cu_seqlens, initial_state):
-    kwargs = make_inputs("lower-weak", B, T, 2, 4, **SMALL, cu_seqlens=cu_seqlens, initial_state=initial_state)
+    kwargs = make_inputs(
+        "lower-weak", B, T, 2, 4, **SMALL, cu_seqlens=cu_seqlens, initial_state=initial_state
+    )
     o, final_state = form(**kwargs)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     assert o.shape == (B, T, 4, SMALL["V"]) and o.dtype == torch.bfloat16
     assert final_state.shape == (N, 4, SMALL["K"], SMALL["V"]) and final_state.dtype == torch.float32
-    assert torch.equal(final_state, kwargs["initial_state"] if initial_state else torch.zeros_like(final_state))
+    assert torch.equal(
+        final_state, kwargs["initial_state"] if initial_state else torch.zeros_like(final_state)
+    )
 
 
 @FORMS
@@ -195,7 +216,9 @@ def test_dtypes(form, dtype):
     assert o.dtype == dtype
     assert final_state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = form(**to_float64(kwargs))
-    assert rel_rms(expected[0], o) <= {torch.float64: EXACT, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
+    assert rel_rms(expected[0], o) <= {torch.float64: EXACT, torch.float32: 2e-6}.get(
+        dtype, torch.finfo(dtype).eps
+    )
     assert rel_rms(expected[1], final_state) <= (EXACT if dtype == torch.float64 else 2e-6)
 
 
@@ -227,7 +250,9 @@ DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state
 
 
 def differentiable_inputs(gate, T, cu_seqlens=None, seed=0, **options):
-    kwargs = make_inputs(gate, 1, T, 1, 2, K=3, V=2, cu_seqlens=cu_seqlens, initial_state=True, seed=seed, **options)
+    kwargs = make_inputs(
+        gate, 1, T, 1, 2, K=3, V=2, cu_seqlens=cu_seqlens, initial_state=True, seed=seed, **options
+    )
     kwargs = to_float64(kwargs)
     return kwargs, [name for name in DIFFERENTIABLE if kwargs[name] is not None]
 
@@ -248,7 +273,8 @@ def test_gradcheck(form, gate, cu_seqlens):
 @pytest.mark.parametrize("preactivated", [False, True], ids=["raw", "preactivated"])
 @pytest.mark.parametrize("gate", GATES)
 def test_gradients_through_the_tree(gate, preactivated):
-    # the decays of the reset gates underflow to exact zeros; gradients stay finite and those of the definition
+    # the decays of the reset gates underflow to exact zeros; gradients stay finite and those of the
+    # definition
     kwargs, names = differentiable_inputs(gate, 75, seed=1, preactivated=preactivated)
 
     def gradients(form):
@@ -264,7 +290,9 @@ def test_gradients_through_the_tree(gate, preactivated):
 @pytest.mark.parametrize("extreme", [-2600.0, -1e30, -torch.inf])
 def test_hard_reset_is_exact(extreme):
     # a reset at every channel of token 50 makes what follows independent of what came before
-    kwargs = make_inputs("lower-weak", 1, 100, 1, **SMALL, preactivated=True, initial_state=True, dtype=torch.float32)
+    kwargs = make_inputs(
+        "lower-weak", 1, 100, 1, **SMALL, preactivated=True, initial_state=True, dtype=torch.float32
+    )
     kwargs["g"][:, 50] = extreme
     after = {name: kwargs[name][:, 50:] for name in ("q", "k", "v", "g", "beta")} | dict(initial_state=None)
     o, state = chunk_kda(**kwargs)
@@ -291,18 +319,30 @@ def zeros(*shape, dtype=torch.float32):
 # Good inputs are q, k [1, 8, 2, 4], v [1, 8, 4, 6], so B = 1, T = 8, H = 2, HV = 4, K = 4, V = 6.
 BAD = {
     "q-no-tensor": (dict(q=[1.0]), TypeError, r"q: expected a tensor, got list"),
-    "q-integer": (dict(q=zeros(1, 8, 2, 4, dtype=torch.int32)), TypeError, r"q: expected a floating.*torch.int32"),
+    "q-integer": (
+        dict(q=zeros(1, 8, 2, 4, dtype=torch.int32)),
+        TypeError,
+        r"q: expected a floating.*torch.int32",
+    ),
     "q-3d": (dict(q=zeros(8, 2, 4)), ValueError, r"q: expected shape \[B, T, H, K\], got \[8, 2, 4\]"),
     "k-shape": (dict(k=zeros(1, 8, 2, 5)), ValueError, r"k: .*\[1, 8, 2, 4\], got \[1, 8, 2, 5\]"),
-    "k-device": (dict(k=zeros(1, 8, 2, 4).to("meta")), ValueError, r"k: expected the device of q, cpu, got meta"),
+    "k-device": (
+        dict(k=zeros(1, 8, 2, 4).to("meta")),
+        ValueError,
+        r"k: expected the device of q, cpu, got meta",
+    ),
     "v-shape": (dict(v=zeros(1, 7, 4, 6)), ValueError, r"v: .*\[1, 8, 4, 6\], got \[1, 7, 4, 6\]"),
     "v-heads": (dict(v=zeros(1, 8, 3, 6)), ValueError, r"v: .*multiple of H = 2, got HV = 3"),
     "g-shape": (dict(g=zeros(1, 8, 2, 4)), ValueError, r"g: .*\[1, 8, 4, 4\], got \[1, 8, 2, 4\]"),
     "g-none": (dict(g=None), TypeError, r"g: expected a tensor, got NoneType"),
     "beta-shape": (dict(beta=zeros(1, 8, 4, 1)), ValueError, r"beta: .*\[1, 8, 4\], got \[1, 8, 4, 1\]"),
-    "A_log-shape": (dict(A_log=zeros(2)), ValueError, r"A_log: .*\[HV\] = \[4\], got \[2\]"),
+    "A_log-shape": (dict(A_log=zeros(2)), ValueError, r"A_log: expected HV = 4 elements, got shape \[2\]"),
     "A_log-missing": (dict(A_log=None, lower_bound=None), ValueError, r"A_log: .*softplus gate.*got None"),
-    "dt_bias-shape": (dict(dt_bias=zeros(4)), ValueError, r"dt_bias: .*\[4, 4\] or .*\[16\], got \[4\]"),
+    "dt_bias-shape": (
+        dict(dt_bias=zeros(4)),
+        ValueError,
+        r"dt_bias: expected HV \* K = 16 elements, got shape \[4\]",
+    ),
     "lower_bound-low": (dict(lower_bound=-5.1), ValueError, r"lower_bound: .*\[-5, 0\], got -5.1"),
     "lower_bound-high": (dict(lower_bound=0.1), ValueError, r"lower_bound: .*\[-5, 0\], got 0.1"),
     "lower_bound-nan": (dict(lower_bound=float("nan")), ValueError, r"lower_bound: .*\[-5, 0\], got nan"),
@@ -311,7 +351,11 @@ BAD = {
         ValueError,
         r"allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True",
     ),
-    "state-shape": (dict(initial_state=zeros(1, 4, 6, 4)), ValueError, r"initial_state: .*\[N, HV, K, V\] = \[1, 4, 4, 6\]"),
+    "state-shape": (
+        dict(initial_state=zeros(1, 4, 6, 4)),
+        ValueError,
+        r"initial_state: .*\[N, HV, K, V\] = \[1, 4, 4, 6\]",
+    ),
     "state-v-first": (
         dict(initial_state=zeros(1, 4, 4, 6), state_v_first=True),
         ValueError,
@@ -323,15 +367,31 @@ BAD = {
         r"initial_state: .*\[2, 4, 4, 6\], got \[1, 4, 4, 6\]",
     ),
     "cu_seqlens-list": (dict(cu_seqlens=[0, 8]), TypeError, r"cu_seqlens: expected a tensor, got list"),
-    "cu_seqlens-dtype": (dict(cu_seqlens=zeros(2)), TypeError, r"cu_seqlens: expected dtype int32 or int64, got torch.float32"),
-    "cu_seqlens-shape": (dict(cu_seqlens=torch.tensor([[0, 8]])), ValueError, r"cu_seqlens: .*\[N \+ 1\], got \[1, 2\]"),
-    "cu_seqlens-start": (dict(cu_seqlens=torch.tensor([1, 8])), ValueError, r"cu_seqlens: expected to start at 0, got 1"),
+    "cu_seqlens-dtype": (
+        dict(cu_seqlens=zeros(2)),
+        TypeError,
+        r"cu_seqlens: expected dtype int32 or int64, got torch.float32",
+    ),
+    "cu_seqlens-shape": (
+        dict(cu_seqlens=torch.tensor([[0, 8]])),
+        ValueError,
+        r"cu_seqlens: .*\[N \+ 1\], got \[1, 2\]",
+    ),
+    "cu_seqlens-start": (
+        dict(cu_seqlens=torch.tensor([1, 8])),
+        ValueError,
+        r"cu_seqlens: expected to start at 0, got 1",
+    ),
     "cu_seqlens-decrease": (
         dict(cu_seqlens=torch.tensor([0, 5, 4, 8])),
         ValueError,
         r"cu_seqlens: expected no decrease, got 5 then 4 at entries 1 and 2",
     ),
-    "cu_seqlens-end": (dict(cu_seqlens=torch.tensor([0, 7])), ValueError, r"cu_seqlens: expected to end at T = 8, got 7"),
+    "cu_seqlens-end": (
+        dict(cu_seqlens=torch.tensor([0, 7])),
+        ValueError,
+        r"cu_seqlens: expected to end at T = 8, got 7",
+    ),
 }
 
 

@@ -5,13 +5,14 @@
 
 // D = 128. q, k [B, T, H, D], v, out [B, T, HV, D] bf16; g [B, T, HV, D], beta [B, T, HV] bf16 or fp32;
 // A_log [HV], dt_bias [HV, D] fp32; states [N, HV, K, V], or [N, HV, V, K] with state_v_first, fp32 or bf16;
-// cu_seqlens [N + 1] int32 or int64.
+// cu_seqlens [N + 1] int32 or int64. `portable` asks for the portable kernel where a faster one exists, for tests and
+// measurements.
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
       "float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, "
-      "bool allow_neg_eigval, bool state_v_first) -> ()");
+      "bool allow_neg_eigval, bool state_v_first, bool portable=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {

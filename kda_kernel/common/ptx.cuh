@@ -96,6 +96,13 @@ __device__ __forceinline__ uint4 load_shared_uint4(uint32_t address) {
   return x;
 }
 
+// Orders this thread's stores to shared memory before later reads of it by wgmma and TMA.
+__device__ __forceinline__ void fence_proxy_async() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // ---- asynchronous copies and barriers --------------------------------------------------------------------
 
 // 16 bytes from global to shared memory; zeros when !valid (nothing is read then).

@@ -10,7 +10,7 @@ namespace kda {
 struct Sequence {
   int64_t batch;  // index into the batch dimension
   int64_t begin;  // first token
-  int64_t length;
+  int32_t length;
 };
 
 __device__ __forceinline__ int64_t sequence_bound(const SequenceBounds& bounds, int64_t index) {
@@ -32,9 +32,15 @@ __device__ __forceinline__ bool sequences_valid(const SequenceBounds& bounds, in
 }
 
 __device__ __forceinline__ Sequence find_sequence(const SequenceBounds& bounds, int64_t index, int64_t num_tokens) {
-  if (bounds.data == nullptr) return {.batch = index, .begin = 0, .length = num_tokens};
-  int64_t begin = sequence_bound(bounds, index);
-  return {.batch = 0, .begin = begin, .length = sequence_bound(bounds, index + 1) - begin};
+  int64_t begin = 0, length = num_tokens;
+  if (bounds.data != nullptr) {
+    begin = sequence_bound(bounds, index);
+    length = sequence_bound(bounds, index + 1) - begin;
+  }
+  // Taken from one lane, the length is uniform to the compiler, and so are the loops over chunks that hold wgmma.
+  return {.batch = bounds.data == nullptr ? index : 0,
+          .begin = begin,
+          .length = __shfl_sync(~0u, static_cast<int32_t>(length), 0)};
 }
 
 }  // namespace kda

@@ -1,4 +1,4 @@
-"""The compiler and linker commands of a build, in kernel-builder's flags, and the files it generates for them."""
+"""The compiler and linker commands of a build, kernel-builder's flags, and the files generated for them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ REGISTRATION_H = """\
 #define FLASH_KDA_QUOTE(a) FLASH_KDA_QUOTE_EXPANDED(a)
 
 #define STABLE_TORCH_LIBRARY_EXPAND(NAME, MODULE) STABLE_TORCH_LIBRARY(NAME, MODULE)
-#define STABLE_TORCH_LIBRARY_IMPL_EXPAND(NAME, DEVICE, MODULE) STABLE_TORCH_LIBRARY_IMPL(NAME, DEVICE, MODULE)
+#define STABLE_TORCH_LIBRARY_IMPL_EXPAND(NAME, KEY, MODULE) STABLE_TORCH_LIBRARY_IMPL(NAME, KEY, MODULE)
 
 // An empty Python module: importing it loads the library, and with it the operators.
-#define REGISTER_EXTENSION(NAME)                                                                                \\
-  PyMODINIT_FUNC FLASH_KDA_JOIN(PyInit_, NAME)() {                                                              \\
-    static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, FLASH_KDA_QUOTE(NAME), nullptr, 0, nullptr};     \\
-    return PyModule_Create(&module);                                                                            \\
+#define REGISTER_EXTENSION(NAME)                                                             \\
+  PyMODINIT_FUNC FLASH_KDA_JOIN(PyInit_, NAME)() {                                           \\
+    static struct PyModuleDef module = {                                                     \\
+        PyModuleDef_HEAD_INIT, FLASH_KDA_QUOTE(NAME), nullptr, 0, nullptr};                  \\
+    return PyModule_Create(&module);                                                         \\
   }
 """
 
-# manylinux_2_28 ends at glibc 2.28 and GLIBCXX_3.4.24. Headers of newer g++ (9 to 12, seen with 12) refer to a few
-# symbols beyond that; defined in the extension itself, they are never looked up in the user's libstdc++ and glibc.
+# manylinux_2_28 ends at glibc 2.28 and GLIBCXX_3.4.24. The headers of newer compilers (seen: g++ 12) refer
+# to a few symbols beyond that. Defined in the extension, they are not looked up in the user's libraries.
 MANYLINUX_CPP = """\
 #include <new>
 #include <sstream>
@@ -54,7 +55,7 @@ extern "C" char __libc_single_threaded;
 char __libc_single_threaded = 0;
 """
 
-# PyInit_ is found by name; the definitions above and template instantiations must not meet those of other libraries.
+# Python finds PyInit_ by name; everything else must not meet the symbols of other libraries.
 EXPORTS_MAP = "{ global: PyInit_*; local: *; };\n"
 
 
@@ -73,7 +74,11 @@ class Plan:
 
     def write_generated(self) -> None:
         """Write the generated sources. Files that already read so are left alone."""
-        generated = {"registration.h": REGISTRATION_H, "manylinux.cpp": MANYLINUX_CPP, "exports.map": EXPORTS_MAP}
+        generated = {
+            "registration.h": REGISTRATION_H,
+            "manylinux.cpp": MANYLINUX_CPP,
+            "exports.map": EXPORTS_MAP,
+        }
         self.generated.mkdir(parents=True, exist_ok=True)
         for name, text in generated.items():
             path = self.generated / name
@@ -86,7 +91,9 @@ class Plan:
 
     def compile_steps(self) -> list[Step]:
         """One step per .cu and .cpp, the longest (CUDA) first."""
-        steps = [self._compile(section, source) for section in self.project.sections for source in section.compiled]
+        steps = [
+            self._compile(section, source) for section in self.project.sections for source in section.compiled
+        ]
         shim = self.generated / "manylinux.cpp"
         steps.append(self._step("manylinux.cpp", self._cxx([]), shim))
         return sorted(steps, key=lambda step: not step.name.endswith(".cu"))
@@ -94,9 +101,9 @@ class Plan:
     def link_step(self, objects: list[Path]) -> Step:
         """Link the extension.
 
-        libcudart is linked dynamically, as by kernel-builder: a CUDA torch has it loaded already, whatever toolkit
-        the machine has, and the static one would bring in symbols of this machine's glibc (manylinux_2_34 here).
-        Symbols of libtorch_cuda stay unresolved until torch has loaded it.
+        libcudart is linked dynamically, as by kernel-builder: a CUDA torch has it loaded already, whatever
+        toolkit the machine has, and the static one would bring in symbols of this machine's glibc
+        (manylinux_2_34 here). Symbols of libtorch_cuda stay unresolved until torch has loaded it.
         """
         exports = self.generated / "exports.map"
         command = [
@@ -141,7 +148,12 @@ class Plan:
     def _prefix_maps(self) -> list[str]:
         """Keep the places of this machine out of the binary (__FILE__, debug information)."""
         tools = self.toolchain
-        folders = {self.project.root: ".", self.generated: "generated", tools.torch_dir: "torch", tools.cuda_home: "cuda"}
+        folders = {
+            self.project.root: ".",
+            self.generated: "generated",
+            tools.torch_dir: "torch",
+            tools.cuda_home: "cuda",
+        }
         if tools.cutlass_include is not None:
             folders[tools.cutlass_include] = "cutlass"
         return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
@@ -149,7 +161,11 @@ class Plan:
     def _flags(self, section: Section) -> list[str]:
         """Definitions and include folders, the same for both compilers."""
         major, minor = self.project.stable_abi
-        flags = [f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48):#x}ULL", "-DUSE_CUDA=1", "-DCUDA_KERNEL"]
+        flags = [
+            f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48):#x}ULL",
+            "-DUSE_CUDA=1",
+            "-DCUDA_KERNEL",
+        ]
         if section.name == "torch":  # the name changes with every source: keep it out of the CUDA objects
             python_abi = "0x{:02x}{:02x}0000".format(*map(int, PYTHON_ABI.split(".")))
             flags += [f"-DTORCH_EXTENSION_NAME={self.kernel_id}", f"-DPy_LIMITED_API={python_abi}"]
@@ -161,16 +177,19 @@ class Plan:
         return flags + [word for folder in system for word in ("-isystem", str(folder))]
 
     def _cxx(self, flags: list[str]) -> list[str]:
-        command = [str(self.toolchain.host_compiler), "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
-        command += ["-fno-gnu-unique", "-ffunction-sections", "-Wall", *self._prefix_maps]
+        command = [str(self.toolchain.host_compiler), "-std=c++20", "-O3", "-DNDEBUG", "-Wall", "-fPIC"]
+        command += ["-fvisibility=hidden", "-fno-gnu-unique", "-ffunction-sections", *self._prefix_maps]
         if self.debug:
             command.append("-g")
         return [*command, *flags, "-isystem", str(self.toolchain.cuda_home / "include")]
 
     def _nvcc(self, section: Section) -> list[str]:
-        command = [str(self.toolchain.nvcc), "-ccbin", str(self.toolchain.host_compiler), "-std=c++17", "-O3", "-DNDEBUG"]
-        command += ["--expt-relaxed-constexpr", "-Xptxas", "-v"]
-        command += ["-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", *self._prefix_maps])]
+        command = [str(self.toolchain.nvcc), "-ccbin", str(self.toolchain.host_compiler), "-std=c++17"]
+        command += ["-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+        host_flags = ["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
+        # nvcc hands these to a shell, and folders may hold blanks.
+        host_flags += [f'"{flag}"' for flag in self._prefix_maps]
+        command += ["-Xcompiler", ",".join(host_flags)]
         if self.debug:
             command.append("-lineinfo")
         for capability in self.archs[section.name]:

@@ -1,4 +1,4 @@
-"""build.toml, read and validated by the parser of the `kernels` package, and the state of the sources it names."""
+"""build.toml, read and validated with the parser of the `kernels` package, and the state of its sources."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Section:
         return [source for source in self.sources if source.endswith(COMPILED_SUFFIXES)]
 
     def pick(self, archs: list[str]) -> list[str]:
-        """The capabilities to compile for when `archs` are asked for. 9.0 picks 9.0 and 9.0a. A section that has
-        none of them is compiled for all of its own: the others still link against its functions."""
+        """The capabilities to compile for when `archs` are asked for. 9.0 picks 9.0 and 9.0a. A section that
+        has none of them is compiled for all of its own: the others still link against its functions."""
         bases = {base_capability(arch) for arch in archs}
         picked = [capability for capability in self.capabilities if base_capability(capability) in bases]
         return picked or list(self.capabilities)
@@ -74,10 +74,10 @@ class Project:
         return sorted(path for path in files if path.name != "_ops.py" and "__pycache__" not in path.parts)
 
     def kernel_id(self, archs: list[str], debug: bool) -> str:
-        """Name of the operator namespace: the same for the same sources, build scripts and options, else another.
+        """Name of the operator namespace: another for every state of the sources, scripts and options.
 
-        A Python identifier in kernel-builder's form, `_<name>_<backend>_<hash>`; no absolute path, time or compiler
-        goes into the hash.
+        A Python identifier in kernel-builder's form, `_<name>_<backend>_<hash>`; no absolute path, time or
+        compiler goes into the hash.
         """
         scripts = Path(__file__).resolve().parent
         builder = [("", path) for path in [scripts.parent / "build_kernel.py", *sorted(scripts.glob("*.py"))]]
@@ -92,7 +92,7 @@ class Project:
 
 
 def base_capability(capability: str) -> str:
-    """"9.0a" -> "9.0", "9.0+PTX" -> "9.0"."""
+    """The plain capability: 9.0 for "9.0", "9.0a" and "9.0+PTX"."""
     return capability.removesuffix("+PTX").rstrip("af")
 
 
@@ -105,8 +105,8 @@ def open_project(root: Path) -> Project:
     """Read ROOT/build.toml.
 
     Raises:
-        BuildError: no build.toml, one that the `kernels` parser refuses, no CUDA stable ABI version, a capability
-            that is none, or a source file that is not there.
+        BuildError: no build.toml, one that the `kernels` parser refuses, no CUDA stable ABI version, a
+            capability that is none, or a source file that is not there.
     """
     from kernels._rust import Build
 
@@ -127,14 +127,20 @@ def open_project(root: Path) -> Project:
         raise BuildError(f'{path}: expected the backend "cuda" and [torch.stable-abi] cuda = "X.Y"')
 
     sections = [_section("torch", torch)]
-    sections += [_section(name, kernel) for name, kernel in table.get("kernel", {}).items() if kernel["backend"] == "cuda"]
+    sections += [
+        _section(name, kernel)
+        for name, kernel in table.get("kernel", {}).items()
+        if kernel["backend"] == "cuda"
+    ]
     for section in sections:
         for source in section.sources:
             if not (root / source).is_file():
                 raise BuildError(f"{path}: {section.name}: source {source} does not exist")
         for capability in section.capabilities:
             if not _CAPABILITY.fullmatch(capability.removesuffix("+PTX")):
-                raise BuildError(f"{path}: {section.name}: {capability!r} is no CUDA capability (like 9.0 or 9.0a)")
+                raise BuildError(
+                    f"{path}: {section.name}: {capability!r} is no CUDA capability (like 9.0 or 9.0a)"
+                )
 
     major, minor = (int(part) for part in stable_abi.split(".")[:2])
     return Project(
@@ -142,7 +148,10 @@ def open_project(root: Path) -> Project:
         name=general["name"],
         version=general["version"],
         license=general["license"],
-        python_depends=tuple(general.get("python-depends", ())) + tuple(general.get("cuda", {}).get("python-depends", ())),
+        python_depends=(
+            *general.get("python-depends", ()),
+            *general.get("cuda", {}).get("python-depends", ()),
+        ),
         data_extensions=("py", *torch.get("pyext", ())),
         stable_abi=(major, minor),
         sections=tuple(sections),
@@ -177,7 +186,9 @@ def select_archs(project: Project, asked: str | None) -> list[str] | None:
     archs = asked.replace(",", " ").split()
     for arch in archs:
         if arch not in known:
-            raise BuildError(f"--archs: unknown architecture {arch!r}, expected native or some of {', '.join(known)}")
+            raise BuildError(
+                f"--archs: unknown architecture {arch!r}, expected native or some of {', '.join(known)}"
+            )
     if not archs:
         raise BuildError(f"--archs: expected native or some of {', '.join(known)}, got nothing")
     return [arch for arch in known if arch in archs]
@@ -189,7 +200,10 @@ def _native_arch(known: list[str]) -> str:
     if not torch.cuda.is_available():
         raise BuildError("--archs native: this machine has no CUDA device")
     device = torch.cuda.get_device_capability()
-    served = [arch for arch in known if _capability_key(arch)[0] == device[0] and _capability_key(arch)[1] <= device[1]]
+    same_major = [arch for arch in known if _capability_key(arch)[0] == device[0]]
+    served = [arch for arch in same_major if _capability_key(arch)[1] <= device[1]]
     if not served:
-        raise BuildError(f"--archs native: no architecture of {', '.join(known)} serves a device of {device[0]}.{device[1]}")
+        raise BuildError(
+            f"--archs native: none of {', '.join(known)} serves a device of {device[0]}.{device[1]}"
+        )
     return base_capability(served[-1])

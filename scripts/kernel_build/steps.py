@@ -1,4 +1,4 @@
-"""Incremental steps: one command that makes one file, run again only when its words or an input's content changed."""
+"""Incremental steps: a command that makes a file, run again only when its words or an input changed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Step:
         return self.output.with_name(self.output.name + ".json")
 
     def is_current(self) -> bool:
-        """Whether `output` was made by this very command, with these tools, from files that still have that content."""
+        """Whether this very command made `output`, with these tools and from the same content."""
         try:
             stamp = json.loads(self._stamp.read_text())
             recorded = (stamp["command"], stamp["tools"], stamp["output"])
@@ -54,7 +54,9 @@ class Step:
         if recorded != (list(self.command), self.tools, content_hash(self.output)):
             return False
         given = {str(path) for path in self.inputs}
-        return given <= inputs.keys() and all(content_hash(Path(path)) == digest for path, digest in inputs.items())
+        return given <= inputs.keys() and all(
+            content_hash(Path(path)) == digest for path, digest in inputs.items()
+        )
 
     def run(self) -> None:
         """Make `output`. It appears complete or not at all.
@@ -101,14 +103,14 @@ def content_hash(path: Path) -> str | None:
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _content_hash(path: Path, mtime_ns: int, size: int) -> str:
     """Remembered per time stamp and size: the objects of one build share most of their headers."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_depfile(path: Path) -> list[Path]:
-    """The prerequisites in a Makefile rule as compilers write it ("target: a b \\<newline> c", blanks as "\\ ")."""
+    """The prerequisites of a Makefile rule as compilers write it: lines and blanks escaped by a backslash."""
     text = path.read_text().replace("\\\n", " ")
     prerequisites = text.partition(": ")[2]
     return [Path(word.replace("\\ ", " ")).resolve() for word in re.findall(r"(?:\\ |\S)+", prerequisites)]

@@ -32,7 +32,7 @@ class Toolchain:
     description: str
 
     def knows(self, capability: str) -> bool:
-        """Whether nvcc has the target sm_XY of a capability X.Y. (9.0a exists wherever 9.0 does, from 12.0 on.)"""
+        """Whether nvcc has the target sm_XY of a capability X.Y; 9.0a is taken to come with 9.0."""
         return "sm_" + base_capability(capability).replace(".", "") in self.gpu_codes
 
 
@@ -40,7 +40,8 @@ def find_nvcc() -> Path:
     """nvcc from CUDA_HOME, else from PATH, else from /usr/local/cuda.
 
     Raises:
-        BuildError: there is none; also when CUDA_HOME is set and has none, for then another is not what was meant.
+        BuildError: there is none; also when CUDA_HOME is set and has none, for then another is not what was
+            meant.
     """
     if home := os.environ.get("CUDA_HOME"):
         nvcc = Path(home) / "bin" / "nvcc"
@@ -50,7 +51,9 @@ def find_nvcc() -> Path:
     for nvcc in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if nvcc and Path(nvcc).is_file():
             return Path(nvcc)
-    raise BuildError("no nvcc: not in CUDA_HOME, PATH or /usr/local/cuda; install the CUDA toolkit (12.6 or newer)")
+    raise BuildError(
+        "no nvcc: not in CUDA_HOME, PATH or /usr/local/cuda; install the CUDA toolkit (12.6 or newer)"
+    )
 
 
 def find_toolchain(project: Project) -> Toolchain:
@@ -70,15 +73,21 @@ def find_toolchain(project: Project) -> Toolchain:
 
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
-        raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++'} is not in PATH (CXX names another)")
+        raise BuildError(
+            f"no C++ compiler: {os.environ.get('CXX') or 'g++'} is not in PATH (CXX names another)"
+        )
     compiler_version = f"{Path(compiler).name} {_output(compiler, '-dumpfullversion').strip()}"
 
     python_include = Path(sysconfig.get_path("include"))
     if not (python_include / "Python.h").is_file():
-        raise BuildError(f"no Python headers: {python_include}/Python.h is missing (package python3-dev or python3-devel)")
+        raise BuildError(
+            f"no Python headers: {python_include}/Python.h is missing (package python3-dev or python3-devel)"
+        )
 
     torch_dir, torch_version = _find_torch(project)
-    needs_cutlass = any(name.startswith("cutlass") for section in project.sections for name in section.depends)
+    needs_cutlass = any(
+        name.startswith("cutlass") for section in project.sections for name in section.depends
+    )
     return Toolchain(
         nvcc=nvcc,
         host_compiler=Path(compiler),
@@ -115,7 +124,7 @@ def _find_torch(project: Project) -> tuple[Path, str]:
     if spec is None or not spec.submodule_search_locations:
         raise BuildError(f"no torch: this Python has no torch >= {needed}")
     torch_dir = Path(spec.submodule_search_locations[0])
-    version = runpy.run_path(str(torch_dir / "version.py"))["__version__"]  # without the seconds of `import torch`
+    version = runpy.run_path(str(torch_dir / "version.py"))["__version__"]  # `import torch` takes seconds
     if tuple(int(part) for part in version.split(".")[:2]) < project.stable_abi:
         raise BuildError(f"torch {version} is too old for the stable ABI {needed} of build.toml")
     if not (torch_dir / "include/torch/csrc/stable/library.h").is_file():
@@ -129,9 +138,15 @@ def _find_cutlass() -> Path:
         candidates = [Path(source)]
     else:
         spec = importlib.util.find_spec("cutlass_library")
-        candidates = [Path(place) / "source" for place in (spec.submodule_search_locations if spec else None) or ()]
+        candidates = [
+            Path(place) / "source" for place in (spec.submodule_search_locations if spec else None) or ()
+        ]
     for candidate in candidates:
         if (candidate / "include/cute/tensor.hpp").is_file():
             return candidate / "include"
-    where = f"CUTLASS_SRC_DIR={source}" if source else "the nvidia-cutlass wheel (pip install nvidia-cutlass==4.2.0.0)"
+    where = (
+        f"CUTLASS_SRC_DIR={source}"
+        if source
+        else "the nvidia-cutlass wheel (pip install nvidia-cutlass==4.2.0.0)"
+    )
     raise BuildError(f"no CUTLASS headers: looked in {where}")

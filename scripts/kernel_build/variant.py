@@ -1,4 +1,4 @@
-"""build/<variant>/, the folder that the `kernels` package loads: laid out as kernel-builder does, swapped in whole."""
+"""build/<variant>/, the folder that the `kernels` package loads: laid out as by kernel-builder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from pathlib import Path
 _ID = "{id}"
 _package = sys.modules.get(_ID)
 if _package is None:
-    _spec = importlib.util.spec_from_file_location(_ID, Path(__file__).resolve().parent.parent / "__init__.py")
+    _file = Path(__file__).resolve().parent.parent / "__init__.py"
+    _spec = importlib.util.spec_from_file_location(_ID, _file)
     _package = importlib.util.module_from_spec(_spec)
     sys.modules[_ID] = _package
     _spec.loader.exec_module(_package)
@@ -72,15 +73,19 @@ def check(project: Project, variant: Path) -> Status:
         return Status(False, f"{variant} is damaged: {' '.join(str(error).split())}")
     expected = project.kernel_id(metadata.backend.archs or [], debug=metadata.id.endswith("_debug"))
     if metadata.id != expected:
-        return Status(False, f"{variant} was built from other sources: it is {metadata.id}, the sources are {expected}")
+        return Status(
+            False, f"{variant} was built from other sources: it is {metadata.id}, the sources are {expected}"
+        )
     return Status(True, f"{variant} is {metadata.id} for {', '.join(metadata.backend.archs or [])}")
 
 
-def install(project: Project, variant: Path, extension: Path, kernel_id: str, archs: list[str], builder: str) -> bool:
+def install(
+    project: Project, variant: Path, extension: Path, kernel_id: str, archs: list[str], builder: str
+) -> bool:
     """Lay out a variant from the package's Python files and the linked `extension`, and put it in place.
 
-    It is assembled in a folder beside `variant`, whose name the `kernels` package does not read as a variant, and
-    renamed when whole: whatever interrupts this, no half-written variant can be loaded.
+    It is assembled in a folder beside `variant`, whose name the `kernels` package does not read as a variant,
+    and renamed when whole: whatever interrupts this, no half-written variant can be loaded.
 
     Returns:
         False when `variant` already was exactly that.
@@ -128,13 +133,16 @@ def _metadata(project: Project, variant: Path, kernel_id: str, archs: list[str],
         "python-depends": list(project.python_depends),
         "kernel-depends": [],
         "backend": {"type": "cuda", "archs": archs},
-        "digest": {"algorithm": "sha256", "files": Digest.hash_variant(DigestAlgorithm.SHA256, variant).files},
+        "digest": {
+            "algorithm": "sha256",
+            "files": Digest.hash_variant(DigestAlgorithm.SHA256, variant).files,
+        },
         "provenance": provenance,
     }
 
 
 def git_status(root: Path) -> dict | None:
-    """HEAD and whether tracked files differ from it; None outside a git work tree and before its first commit."""
+    """HEAD, and whether tracked files differ from it; None outside git and before the first commit."""
     try:
         head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
         dirty = _git(root, "status", "--porcelain", "--untracked-files=no")

@@ -2,12 +2,13 @@
 
 Chunks of 16 tokens, decays multiplied in fp32, every operand of a matrix product rounded to bf16 (rows * pre,
 columns * suf, Aqk, T_inv, U0, U and the state that enters a product), fp32 accumulation and an fp32 state.
-Where near-parallel keys make T_inv ill-conditioned, the kernel is held to this model's error and not to a constant.
+Where near-parallel keys make T_inv ill-conditioned, the kernel is held to this model's error.
 """
 
 from __future__ import annotations
 
 import torch
+from kda_inputs import activate
 
 CHUNK = 16
 
@@ -17,7 +18,7 @@ def bf16(x: torch.Tensor) -> torch.Tensor:
 
 
 def pair_products(q: torch.Tensor, k: torch.Tensor, a: torch.Tensor):
-    """Aqk, Akk [..., C, C] and pre, suf [..., C, D], total [..., D] from q, k and decays a, all [..., C, D]."""
+    """Aqk, Akk [..., C, C], pre, suf [..., C, D] and total [..., D] from q, k and decays a [..., C, D]."""
     C = a.shape[-2]
     index = torch.arange(C, device=a.device)
     Aqk = torch.diag_embed((bf16(q) * bf16(k)).sum(-1))
@@ -38,6 +39,25 @@ def pair_products(q: torch.Tensor, k: torch.Tensor, a: torch.Tensor):
         suf = torch.where(late[:, None], suf, suf * partner)
         half *= 2
     return Aqk, Akk, pre, suf, pre[..., -1, :]
+
+
+def activated(inputs: dict) -> tuple[torch.Tensor, ...]:
+    """fp32 arguments of `bf16_chunk_kda`, the state [N, HV, V, K] included, from those of `make_inputs`."""
+    q, k, v, g, beta = (inputs[name].float() for name in ("q", "k", "v", "g", "beta"))
+    HV, D = v.shape[2:]
+    if inputs["use_qk_l2norm_in_kernel"]:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q * (D**-0.5 if inputs["scale"] is None else inputs["scale"])
+    q, k = (x.repeat_interleave(HV // x.shape[2], dim=2) for x in (q, k))
+    if inputs["use_gate_in_kernel"]:
+        g = activate(g, inputs["A_log"], inputs["dt_bias"], inputs["lower_bound"])
+    if inputs["use_beta_sigmoid_in_kernel"]:
+        beta = torch.sigmoid(beta) * (2 if inputs["allow_neg_eigval"] else 1)
+    S = inputs["initial_state"]
+    if S is None:
+        N = len(q) if inputs["cu_seqlens"] is None else len(inputs["cu_seqlens"]) - 1
+        S = v.new_zeros(N, HV, D, D)
+    return q, k, v, g, beta, S.float() if inputs["state_v_first"] else S.float().mT
 
 
 def bf16_chunk_kda(q, k, v, g, beta, S):

@@ -1,13 +1,13 @@
-"""Kimi Delta Attention: a CUDA prefill kernel, and a PyTorch reference for everything the kernel does not serve.
+"""Kimi Delta Attention: a CUDA prefill kernel, and a PyTorch reference for all that the kernel does not serve.
 
-    chunk_kda   flash-linear-attention's call: any device, dtype and head dim; the kernel where it can, else the reference
-    fwd         the kernel itself, writing into tensors of the caller
-    layers      layers for the `kernels` package
-    reference   the definition and the chunk form in plain PyTorch
+chunk_kda   flash-linear-attention's call, by the kernel where it can, else by the reference
+fwd         the kernel itself, writing into tensors of the caller
+layers      layers for the `kernels` package
+reference   the definition and the chunk form in plain PyTorch
 """
 
 from .api import chunk_kda, fwd
 
 from . import layers, reference  # isort: skip  (layers uses chunk_kda from above)
 
-__all__ = ["fwd", "chunk_kda", "layers", "reference"]
+__all__ = ["chunk_kda", "fwd", "layers", "reference"]

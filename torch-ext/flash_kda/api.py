@@ -31,9 +31,10 @@ def fwd(
 ) -> None:
     """Kimi Delta Attention prefill on the GPU, written into `out` and `final_state`.
 
-    Raw inputs: q and k are L2-normalised here, g is the gate before its activation, beta the logit before its sigmoid.
-    States are V-first. The formula is at the top of reference.py. The call does not synchronise and can be captured
-    in a CUDA graph. Last dimensions must be contiguous, other strides are free (beta: all strides are free).
+    Raw inputs: q and k are L2-normalised here, g is the gate before its activation, beta the logit before its
+    sigmoid. States are V-first. The formula is at the top of reference.py. The call does not synchronise and
+    can be captured in a CUDA graph. Last dimensions must be contiguous, other strides are free (beta: all
+    strides are free).
 
     Args:
         q, k: bfloat16 [B, T, H, 128].
@@ -42,24 +43,33 @@ def fwd(
         beta: bfloat16 or float32 [B, T, HV].
         scale: factor on q, usually 128 ** -0.5.
         out: bfloat16 [B, T, HV, 128], written.
-        A_log: float32 [HV]; None is a rate of 1, allowed with a lower_bound only.
-        dt_bias: float32 [HV, 128] or [HV * 128], or None.
+        A_log: float32, HV elements; None is a rate of 1, allowed with a lower_bound only.
+        dt_bias: float32, HV * 128 elements, [HV, 128] or flat, or None.
         lower_bound: in [-5, 0], log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias));
             None for -exp(A_log) * softplus(g + dt_bias).
-        initial_state: float32 or bfloat16 [N, HV, V, K], contiguous; zeros by default. N is B without cu_seqlens.
-        final_state: float32 or bfloat16 [N, HV, V, K], contiguous, in initial_state's dtype where both are given; written.
-        cu_seqlens: int32 or int64 [N + 1], with B = 1: the N sequences packed along T. Must start at 0, never decrease
-            and end at T. This is checked on the device: if it does not hold, all of out and final_state becomes NaN.
+        initial_state: float32 or bfloat16 [N, HV, V, K], contiguous; zeros by default. N is B without
+            cu_seqlens.
+        final_state: float32 or bfloat16 [N, HV, V, K], contiguous, in initial_state's dtype where both are
+            given; written.
+        cu_seqlens: int32 or int64 [N + 1], with B = 1: the N sequences packed along T. Must start at 0, never
+            decrease and end at T. This is checked on the device: if it does not hold, all of out and
+            final_state becomes NaN.
 
     Raises:
         ValueError: q is not on a CUDA device, or an input requires a gradient.
-        RuntimeError: any other tensor or value is not as above, or the GPU is older than SM80. The message names the
-            argument, what was expected and what came; nothing has been written.
+        RuntimeError: any other tensor or value is not as above, or the GPU is older than SM80. The message
+            names the argument, what was expected and what came; nothing has been written.
     """
     if not q.is_cuda:
-        raise ValueError(f"q: expected a CUDA tensor, got one on {q.device}; chunk_kda also serves other devices")
-    if _needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state):
-        raise ValueError("requires_grad: expected inputs without gradient (or torch.no_grad()), the kernel has no backward")
+        raise ValueError(
+            f"q: expected a CUDA tensor, got one on {q.device} (chunk_kda serves other devices too)"
+        )
+    inputs = dict(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
+    if _needs_grad(*inputs.values()):
+        name = next(name for name, x in inputs.items() if x is not None and x.requires_grad)
+        raise ValueError(
+            f"{name}: expected a tensor that requires no gradient (or torch.no_grad()), got one that does"
+        )
     kda_prefill(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state, scale, lower_bound,
         True, True, True, False, True,
@@ -96,11 +106,12 @@ def chunk_kda(
     transpose_state_layout: bool | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Kimi Delta Attention with the signature of flash-linear-attention 0.6.0. The formula is at the top of reference.py.
+    """Kimi Delta Attention with the signature of flash-linear-attention 0.6.0. Formula: top of reference.py.
 
-    The CUDA kernel serves bfloat16 q, k, v with K = V = 128 on SM80 and newer when no gradient is asked for; all else
-    runs in reference.py, on the tensors' own device. In the kernel, a q, k, v or g whose last dimension is not
-    contiguous (transformers hands over the layout of its convolution) is copied once; other strides cost nothing.
+    The CUDA kernel serves bfloat16 q, k, v with K = V = 128 on SM80 and newer when no gradient is asked for;
+    all else runs in reference.py, on the tensors' own device. In the kernel, a q, k, v or g whose last
+    dimension is not contiguous (transformers hands over the layout of its convolution) is copied once; other
+    strides cost nothing.
 
     Args:
         q, k: [B, T, H, K].
@@ -108,26 +119,31 @@ def chunk_kda(
         g: [B, T, HV, K], the log decay, <= 0; the raw gate with use_gate_in_kernel.
         beta: [B, T, HV], in (0, 1); logits with use_beta_sigmoid_in_kernel.
         scale: factor on q; K ** -0.5 by default.
-        initial_state: [N, HV, K, V], or [N, HV, V, K] with state_v_first; zeros by default. N is B without cu_seqlens.
+        initial_state: [N, HV, K, V], or [N, HV, V, K] with state_v_first; zeros by default. N is B without
+            cu_seqlens.
         output_final_state: return the state after each sequence's last token.
         use_qk_l2norm_in_kernel: L2-normalise q and k.
         use_gate_in_kernel: log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) with a lower_bound,
-            -exp(A_log) * softplus(g + dt_bias) without. A_log, dt_bias and lower_bound act only with this flag.
+            -exp(A_log) * softplus(g + dt_bias) without. A_log, dt_bias and lower_bound act only with this
+            flag.
         use_beta_sigmoid_in_kernel: apply the sigmoid to beta.
         allow_neg_eigval: beta = 2 * sigmoid(logits); needs use_beta_sigmoid_in_kernel.
-        safe_gate: the caller's word that log decays stay within [-5, 0]. Not needed here, every gate is exact; with
-            use_gate_in_kernel it asks for a lower_bound.
+        safe_gate: the caller's word that log decays stay within [-5, 0]. Not needed here, every gate is
+            exact; with use_gate_in_kernel it asks for a lower_bound.
         lower_bound: in [-5, 0], the least log decay of a token.
         disable_recompute: how a backward pass would spend memory; the result does not depend on it.
-        return_intermediate_states, cp_context, use_graph: not supported. (A CUDA graph can capture the plain call.)
+        return_intermediate_states, cp_context, use_graph: not supported. (A CUDA graph can capture the call
+            as it is.)
         state_v_first: both states are [N, HV, V, K].
-        cu_seqlens: int32 or int64 [N + 1], with B = 1: N sequences packed along T, from 0 to T without decrease. The
-            kernel checks this on the device: if it does not hold, o and final_state are NaN. The reference raises.
+        cu_seqlens: int32 or int64 [N + 1], with B = 1: N sequences packed along T, from 0 to T without
+            decrease. The kernel checks this on the device: if it does not hold, o and final_state are NaN.
+            The reference raises.
         cu_seqlens_cpu: the same values on the host; spares the reference a synchronisation.
         max_num_seqs: means something with use_graph only.
-        A_log: [HV], required by the softplus gate.
-        dt_bias: [HV, K] or [HV * K].
-        chunk_size: 32 or 64. Checked for the sake of callers; both paths choose their own chunk, the result is the same.
+        A_log: HV elements, required by the softplus gate.
+        dt_bias: HV * K elements, [HV, K] or flat.
+        chunk_size: 32 or 64. Checked for the sake of callers; both paths choose their own chunk, the result
+            is the same.
         transpose_state_layout: deprecated name of state_v_first.
         out: [B, T, HV, V] in v's dtype, written and returned as o; allocated by default.
 
@@ -136,16 +152,19 @@ def chunk_kda(
         final_state: float32 (float64 if q, k or v is) in initial_state's layout, or None if not asked for.
 
     Raises:
-        TypeError, ValueError, or RuntimeError from the kernel: an argument is not as above; the message names it.
+        TypeError, ValueError, RuntimeError (from the kernel): an argument is not as above; the message names
+            it, what was expected and what came.
         NotImplementedError: return_intermediate_states, cp_context or use_graph.
     """
     if return_intermediate_states:
-        raise NotImplementedError("return_intermediate_states: expected False, states inside a sequence are not kept")
+        raise NotImplementedError(
+            "return_intermediate_states: expected False, states inside a sequence are not kept"
+        )
     if cp_context is not None:
         raise NotImplementedError("cp_context: expected None, context parallelism is not supported")
     if use_graph:
         raise NotImplementedError(
-            "use_graph: expected False; the plain call can be captured, with cu_seqlens that end at T in every replay"
+            "use_graph: expected False; the call can be captured as it is, if cu_seqlens end at T in every replay"
         )
     if transpose_state_layout is not None:
         if state_v_first:
@@ -155,7 +174,9 @@ def chunk_kda(
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size!r}")
     if safe_gate and use_gate_in_kernel and lower_bound is None:
-        raise ValueError("lower_bound: expected a value in [-5, 0] with safe_gate and use_gate_in_kernel, got None")
+        raise ValueError(
+            "lower_bound: expected a value in [-5, 0] with safe_gate and use_gate_in_kernel, got None"
+        )
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
     if cu_seqlens is None and cu_seqlens_cpu is not None:
@@ -167,9 +188,9 @@ def chunk_kda(
         if out is not None:
             _check_out(out, v)
         o, final_state = reference.chunk_kda(
-            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-            use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first,
-            cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
+            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+            lower_bound, state_v_first, cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
         )  # fmt: skip
         return (o if out is None else out.copy_(o)), final_state
 
@@ -231,7 +252,7 @@ def _sm_major(device: torch.device) -> int:
     return _sm_major_cached(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sm_major_cached(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).major
 

@@ -3,9 +3,10 @@
     FlashKDAChunk       for the function layer "chunk_kda" (prefill, also continued)
     FlashKDARecurrent   for the function layer "fused_recurrent_kda" (decode)
 
-of Kimi-Linear, GLM-5-next and Bailing models. A function layer is one object per modeling file, so what is put there
-serves every model of that family in the process: CPU tensors, other dtypes, other head dims and grad mode are served
-too, by the reference. The state that comes in is the model's live cache tensor; it is read and never written.
+of Kimi-Linear, GLM-5-next and Bailing models. A function layer is one object per modeling file, so what is
+put there serves every model of that family in the process: CPU tensors, other dtypes, other head dims and
+grad mode are served too, by the reference. The state that comes in is the model's live cache tensor; it is
+read and never written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,23 @@ from . import reference
 from .api import chunk_kda
 
 __all__ = ["FlashKDAChunk", "FlashKDARecurrent"]
+
+
+def packed_boundaries(kwargs: dict) -> torch.Tensor | None:
+    """Where packed sequences begin and end, [N + 1], from the keywords transformers hands to every layer, or
+    None.
+
+    Raises:
+        ValueError: sequences are marked by `seq_idx` alone; ignoring that would mix them.
+    """
+    for name in ("cu_seq_lens_q", "cu_seqlens"):  # flash attention's name (the data collator's), then FLA's
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    if kwargs.get("seq_idx") is not None:
+        raise ValueError(
+            "seq_idx: expected cu_seq_lens_q (or cu_seqlens) with it to keep packed sequences apart, got None"
+        )
+    return None
 
 
 class FlashKDAChunk(nn.Module):
@@ -47,8 +65,8 @@ class FlashKDAChunk(nn.Module):
             initial_state: [N, HV, K, V] or None for zeros. N is B, or the number of packed sequences.
             output_final_state: also return the state after the last token.
             use_qk_l2norm_in_kernel: L2-normalise query and key first.
-            **kwargs: `cu_seq_lens_q` [N + 1], int32 or int64, marks sequences packed in one row (B = 1). Other names,
-                which transformers hands to every layer, are not looked at.
+            **kwargs: `cu_seq_lens_q` or `cu_seqlens` [N + 1], int32 or int64, marks sequences packed in one
+                row (B = 1). Other names, which transformers hands to every layer, are not looked at.
 
         Returns:
             (o, final_state): [B, T, HV, V] in value's dtype; [N, HV, K, V] float32, or None if not asked for.
@@ -65,12 +83,12 @@ class FlashKDAChunk(nn.Module):
             initial_state=initial_state,
             output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-            cu_seqlens=kwargs.get("cu_seq_lens_q"),
+            cu_seqlens=packed_boundaries(kwargs),
         )
 
 
 class FlashKDARecurrent(nn.Module):
-    """Kimi Delta Attention over one token (or a few) from a state; arguments and results as in `FlashKDAChunk`."""
+    """Kimi Delta Attention over one token (or a few) from a state; otherwise as `FlashKDAChunk`."""
 
     has_backward = False
     can_torch_compile = True
@@ -87,7 +105,7 @@ class FlashKDARecurrent(nn.Module):
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `FlashKDAChunk.forward`. Off the GPU the tokens are run one by one, which is the faster way for few."""
+        """As `FlashKDAChunk.forward`. Off the GPU tokens run one by one, which is faster for a few."""
         run = chunk_kda if query.is_cuda else reference.recurrent_kda
         return run(
             query,
@@ -98,5 +116,5 @@ class FlashKDARecurrent(nn.Module):
             initial_state=initial_state,
             output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-            cu_seqlens=kwargs.get("cu_seq_lens_q"),
+            cu_seqlens=packed_boundaries(kwargs),
         )

@@ -29,5 +29,6 @@ def _kda_prefill_fake(
     use_beta_sigmoid_in_kernel,
     allow_neg_eigval,
     state_v_first,
+    portable=False,
 ) -> None:
     """The operator writes into out and final_state and returns nothing."""

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention in plain PyTorch: the definition, and the chunk form that is fast enough to fall back on.
+"""Kimi Delta Attention in plain PyTorch: the definition, and a chunk form fast enough to fall back on.
 
 One head of one sequence, with the state S as [K, V] and a_t = exp(g_t) in [0, 1]^K per key channel:
 
@@ -7,13 +7,14 @@ One head of one sequence, with the state S as [K, V] and a_t = exp(g_t) in [0, 1
     S   <- S + k_t u_t^T
     o_t  = scale * S^T q_t
 
-Source of the formulas: "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv 2510.26692); argument
-names and defaults follow flash-linear-attention. `recurrent_kda` runs the lines above; `chunk_kda` computes the same
-with matrix products over chunks of tokens. Neither shares code with the CUDA kernel, which is tested against them.
+Source of the formulas: "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv 2510.26692);
+argument names and defaults follow flash-linear-attention. `recurrent_kda` runs the lines above; `chunk_kda`
+computes the same with matrix products over chunks of tokens. Neither shares code with the CUDA kernel, which
+is tested against them.
 
-Everything runs on any device, for any K and V, in float32, or in float64 when q, k or v is float64, and can be
-differentiated. Decays are products of a_t and never quotients: a log decay of -2600 (a hard reset) gives an exact 0
-with a finite gradient, where exp(-G) of the usual chunk form would overflow.
+Everything runs on any device, for any K and V, in float32, or in float64 when q, k or v is float64, and can
+be differentiated. Decays are products of a_t and never quotients: a log decay of -2600 (a hard reset) gives
+an exact 0 with a finite gradient, where exp(-G) of the usual chunk form would overflow.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ LOWER_BOUND_MIN = -5.0
 class _Packing(NamedTuple):
     """Where the tokens of N sequences go when all sequences advance together, one block of C tokens a step.
 
-    Sequences are sorted by their number of blocks, longest first, so that the ones still running at a step are
-    always a prefix: no masks in the state pass, and a finished sequence is simply left behind.
+    Sequences are sorted by their number of blocks, longest first, so that the ones still running at a step
+    are always a prefix: no masks in the state pass, and a finished sequence is simply left behind.
     """
 
     token: torch.Tensor  # [blocks, C] index of the token in the pack; the number of tokens stands for padding
@@ -67,7 +68,7 @@ def _pack(bounds: list[int], C: int, device: torch.device) -> _Packing:
 
 
 def _gather(x: torch.Tensor, packing: _Packing) -> torch.Tensor:
-    """[tokens, HV, D] -> [blocks, HV, C, D], zeros in the padding (a log decay of 0 and a beta of 0 change nothing)."""
+    """[tokens, HV, D] -> [blocks, HV, C, D]. Padding is zeros: a log decay and a beta of 0 change nothing."""
     blocks, C = packing.token.shape
     x = pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, packing.token.flatten())
     return x.unflatten(0, (blocks, C)).transpose(1, 2).contiguous()
@@ -83,13 +84,14 @@ def _scatter(o: list[torch.Tensor], like: torch.Tensor, packing: _Packing) -> to
 def _activate_gate(
     g: torch.Tensor, A_log: torch.Tensor | None, dt_bias: torch.Tensor | None, lower_bound: float | None
 ) -> torch.Tensor:
-    """Raw gate [..., HV, K] -> log decay: the lower-bound gate where a bound is given, else the softplus gate."""
+    """Raw gate [..., HV, K] -> log decay: the lower-bound gate if there is a bound, else the softplus gate."""
     if dt_bias is not None:
         g = g + dt_bias.to(g.dtype).reshape(g.shape[-2:])
-    rate = 1.0 if A_log is None else A_log.to(g.dtype).exp()[:, None]
+    rate = 1.0 if A_log is None else A_log.to(g.dtype).exp().reshape(-1, 1)
     if lower_bound is not None:
         return lower_bound * torch.sigmoid(rate * g)
-    return -rate * torch.logaddexp(g, g.new_zeros(()))  # softplus without the linear shortcut above a threshold
+    softplus = torch.logaddexp(g, g.new_zeros(()))  # F.softplus turns linear at 20, too early for float64
+    return -rate * softplus
 
 
 def _l2norm(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +99,9 @@ def _l2norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def _recurrent_steps(q, k, v, a, beta, S, steps):
-    """The definition over blocks of one token: q, k, a [blocks, HV, 1, K], v [blocks, HV, 1, V], S [N, HV, K, V]."""
+    """The definition. q, k, a [blocks, HV, 1, K], v [blocks, HV, 1, V], beta [blocks, HV, 1, 1], a block being
+    one token; S [N, HV, K, V]. Returns the outputs step by step and the final states, sorted as S is.
+    """
     o, finished = [], []
     for q_t, k_t, v_t, a_t, beta_t in zip(*(x.split(steps) for x in (q, k, v, a, beta))):
         S, left = S[: len(q_t)], S[len(q_t) :]
@@ -112,16 +116,18 @@ def _recurrent_steps(q, k, v, a, beta, S, steps):
 def _decay_tree(q: torch.Tensor, k: torch.Tensor, a: torch.Tensor):
     """All decayed products inside the chunks, with every decay built as a product of factors <= 1.
 
-    Tokens form groups that double from one token to the chunk. When two groups of L tokens merge, a row i of the
-    later one and a column j of the earlier one are joined by the decay from j to i, which splits at the boundary:
+    Tokens form groups that double from one token to the chunk. When two groups of L tokens merge, a row i of
+    the later one and a column j of the earlier one are joined by the decay from j to i, which splits at the
+    boundary:
 
         pre_i = product of a over the start of its group .. i       (rows)
         suf_j = product of a over j + 1 .. the end of its group     (columns)
         block = (rows * pre) (k * suf)^T
 
     Args: q, k, a [..., C, K] with C a power of two and a the decay (not its logarithm).
-    Returns: Aqk, Akk [..., C, C] (Akk's diagonal is not meaningful), pre, suf [..., C, K] and total [..., 1, K]:
-    decay from the chunk's start through a token, from a token to the chunk's end, and over the whole chunk.
+    Returns: Aqk, Akk [..., C, C] (Akk's diagonal has no meaning), and the decay from the chunk's start through
+        each token, pre [..., C, K], after it to the chunk's end, suf [..., C, K], and over the chunk, total
+        [..., 1, K].
     """
     C = a.shape[-2]
     rows = torch.stack((q, k))
@@ -149,7 +155,8 @@ def _decay_tree(q: torch.Tensor, k: torch.Tensor, a: torch.Tensor):
 
 
 def _chunk_steps(q, k, v, a, beta, S, steps):
-    """The chunk form: q, k, a [blocks, HV, C, K], v [blocks, HV, C, V], beta [blocks, HV, C, 1], S [N, HV, K, V].
+    """The chunk form. q, k, a [blocks, HV, C, K], v [blocks, HV, C, V], beta [blocks, HV, C, 1], a block being
+    a chunk; S [N, HV, K, V]. Returns as `_recurrent_steps`.
 
         U  = (I + diag(beta) Akk)^-1 diag(beta) (V - (K * pre) S)
         O  = (Q * pre) S + Aqk U
@@ -193,7 +200,7 @@ def _run(
     state_v_first,
     cu_seqlens,
 ):
-    """What both forms share: checks, activations, the pack in and out. `advance` is one of the two *_steps."""
+    """What both forms share: checks, activations, packing. `advance` is one of the two *_steps."""
     bounds = _check_inputs(
         q, k, v, g, beta, A_log, dt_bias, initial_state, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
         allow_neg_eigval, lower_bound, state_v_first, cu_seqlens,
@@ -206,8 +213,8 @@ def _run(
     packing = _pack(bounds, C, q.device)
 
     kind = q.device.type
-    full_precision = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-    with full_precision:
+    can_autocast = torch.amp.is_autocast_available(kind)
+    with torch.autocast(kind, enabled=False) if can_autocast else nullcontext():
         q, k, v, g, beta = (x.to(dtype).flatten(0, 1) for x in (q, k, v, g, beta.unsqueeze(-1)))
         if use_qk_l2norm_in_kernel:
             q, k = _l2norm(q), _l2norm(k)
@@ -221,7 +228,8 @@ def _run(
         if initial_state is None:
             S = q.new_zeros(N, HV, K, V)
         else:
-            S = (initial_state.mT if state_v_first else initial_state).to(dtype).index_select(0, packing.order)
+            S = initial_state.mT if state_v_first else initial_state
+            S = S.to(dtype).index_select(0, packing.order)
         a = _gather(g, packing).exp()
         o, S = advance(*(_gather(x, packing) for x in (q, k, v)), a, _gather(beta, packing), S, packing.steps)
         o = _scatter(o, v, packing).unflatten(0, (B, T)).to(out_dtype)
@@ -258,8 +266,8 @@ def recurrent_kda(
     """
     return _run(
         _recurrent_steps, 1, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
-        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
-        state_v_first, cu_seqlens,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        lower_bound, state_v_first, cu_seqlens,
     )  # fmt: skip
 
 
@@ -285,19 +293,21 @@ def chunk_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Kimi Delta Attention in chunks: equal to `recurrent_kda` up to rounding, for every gate.
 
-    Tensors may have any floating dtype and any strides. B sequences of T tokens, or with cu_seqlens N sequences
-    packed into B = 1; H query/key heads serve HV value heads, HV a multiple of H (head h of v uses head h // (HV/H)).
+    Tensors may have any floating dtype and any strides. B sequences of T tokens, or with cu_seqlens N
+    sequences packed into B = 1; H query/key heads serve HV value heads, HV a multiple of H (head h of v uses
+    head h // (HV/H)).
 
     Args:
         q, k: [B, T, H, K].
         v: [B, T, HV, V].
         g: [B, T, HV, K], the log decay of each token, <= 0; the raw gate with use_gate_in_kernel.
         beta: [B, T, HV], the writing strength; logits with use_beta_sigmoid_in_kernel.
-        A_log: [HV], logarithm of the gate's rate. Required by the softplus gate, a rate of 1 if left out of the
-            lower-bound gate, not used without use_gate_in_kernel.
-        dt_bias: [HV, K] or [HV * K], added to the raw gate; not used without use_gate_in_kernel.
+        A_log: HV elements, logarithm of the gate's rate. Required by the softplus gate, a rate of 1 if left
+            out of the lower-bound gate, not used without use_gate_in_kernel.
+        dt_bias: HV * K elements, [HV, K] or flat, added to the raw gate; not used without use_gate_in_kernel.
         scale: factor on q; K ** -0.5 by default.
-        initial_state: [N, HV, K, V], or [N, HV, V, K] with state_v_first; zeros by default. N is B without cu_seqlens.
+        initial_state: [N, HV, K, V], or [N, HV, V, K] with state_v_first; zeros by default. N is B without
+            cu_seqlens.
         output_final_state: return the state after each sequence's last token.
         use_qk_l2norm_in_kernel: replace q and k by x / sqrt(sum(x^2) + 1e-6).
         use_gate_in_kernel: log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) with a lower_bound,
@@ -306,8 +316,9 @@ def chunk_kda(
         allow_neg_eigval: beta = 2 * sigmoid(logits); needs use_beta_sigmoid_in_kernel.
         lower_bound: in [-5, 0], the least log decay of a token; selects the gate, see use_gate_in_kernel.
         state_v_first: both states are [N, HV, V, K].
-        cu_seqlens: int32 or int64 [N + 1], where sequences begin and end: 0 first, T last, never decreasing; two equal
-            entries are a sequence of no tokens, whose final state is its initial state. Read on the host.
+        cu_seqlens: int32 or int64 [N + 1], where sequences begin and end: 0 first, T last, never decreasing;
+            two equal entries are a sequence of no tokens, whose final state is its initial state. Read on the
+            host.
         chunk_size: tokens in a chunk, a power of two; changes speed and rounding only.
 
     Returns:
@@ -316,28 +327,31 @@ def chunk_kda(
 
     Raises:
         TypeError: an argument is no tensor or has a dtype of the wrong kind.
-        ValueError: a shape, device or value is wrong. The message names the argument, what was expected and what came.
+        ValueError: a shape, device or value is wrong. The message names the argument, what was expected and
+            what came.
     """
     if not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size: expected a power of two, got {chunk_size!r}")
     return _run(
         _chunk_steps, chunk_size, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
-        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
-        state_v_first, cu_seqlens,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        lower_bound, state_v_first, cu_seqlens,
     )  # fmt: skip
 
 
-def _check_tensor(name: str, x: object, q: torch.Tensor, *layouts: tuple[str, list[int]]) -> None:
-    """x must be a floating-point tensor on q's device in one of the layouts, each (spelled with letters, sizes)."""
+def _check_tensor(name: str, x: object, q: torch.Tensor, layout: str, sizes: list[int] | int) -> None:
+    """x must be a floating-point tensor on q's device of these sizes, or in any shape of so many elements."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
-    if list(x.shape) not in [sizes for _, sizes in layouts]:
-        expected = " or ".join(f"{letters} = {sizes}" for letters, sizes in layouts)
-        raise ValueError(f"{name}: expected shape {expected}, got {list(x.shape)}")
+    if isinstance(sizes, int):
+        if x.numel() != sizes:
+            raise ValueError(f"{name}: expected {layout} = {sizes} elements, got shape {list(x.shape)}")
+    elif list(x.shape) != sizes:
+        raise ValueError(f"{name}: expected shape {layout} = {sizes}, got {list(x.shape)}")
 
 
 def _check_cu_seqlens(cu_seqlens: object, B: int, T: int) -> list[int]:
@@ -348,13 +362,17 @@ def _check_cu_seqlens(cu_seqlens: object, B: int, T: int) -> list[int]:
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens: expected shape [N + 1], got {list(cu_seqlens.shape)}")
     if B != 1:
-        raise ValueError(f"cu_seqlens: expected a batch of B = 1 that holds the packed sequences, got B = {B}")
+        raise ValueError(
+            f"cu_seqlens: expected a batch of B = 1 that holds the packed sequences, got B = {B}"
+        )
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
     for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
         if end < start:
-            raise ValueError(f"cu_seqlens: expected no decrease, got {start} then {end} at entries {n} and {n + 1}")
+            raise ValueError(
+                f"cu_seqlens: expected no decrease, got {start} then {end} at entries {n} and {n + 1}"
+            )
     if bounds[-1] != T:
         raise ValueError(f"cu_seqlens: expected to end at T = {T}, got {bounds[-1]}")
     return bounds
@@ -385,22 +403,24 @@ def _check_inputs(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     if HV == 0 or H == 0 or HV % H != 0:
-        raise ValueError(f"v: expected HV, the number of value heads, to be a multiple of H = {H}, got HV = {HV}")
-    _check_tensor("q", q, q, ("[B, T, H, K]", [B, T, H, K]))
-    _check_tensor("k", k, q, ("[B, T, H, K]", [B, T, H, K]))
-    _check_tensor("v", v, q, ("[B, T, HV, V]", [B, T, HV, V]))
-    _check_tensor("g", g, q, ("[B, T, HV, K]", [B, T, HV, K]))
-    _check_tensor("beta", beta, q, ("[B, T, HV]", [B, T, HV]))
+        raise ValueError(
+            f"v: expected HV, the number of value heads, to be a multiple of H = {H}, got HV = {HV}"
+        )
+    _check_tensor("q", q, q, "[B, T, H, K]", [B, T, H, K])
+    _check_tensor("k", k, q, "[B, T, H, K]", [B, T, H, K])
+    _check_tensor("v", v, q, "[B, T, HV, V]", [B, T, HV, V])
+    _check_tensor("g", g, q, "[B, T, HV, K]", [B, T, HV, K])
+    _check_tensor("beta", beta, q, "[B, T, HV]", [B, T, HV])
 
     if lower_bound is not None and not LOWER_BOUND_MIN <= lower_bound <= 0:
         raise ValueError(f"lower_bound: expected a value in [{LOWER_BOUND_MIN:g}, 0], got {lower_bound}")
     if use_gate_in_kernel:
         if A_log is not None:
-            _check_tensor("A_log", A_log, q, ("[HV]", [HV]))
+            _check_tensor("A_log", A_log, q, "HV", HV)
         elif lower_bound is None:
-            raise ValueError("A_log: expected shape [HV] for the softplus gate (no lower_bound), got None")
+            raise ValueError("A_log: expected HV elements for the softplus gate (no lower_bound), got None")
         if dt_bias is not None:
-            _check_tensor("dt_bias", dt_bias, q, ("[HV, K]", [HV, K]), ("[HV * K]", [HV * K]))
+            _check_tensor("dt_bias", dt_bias, q, "HV * K", HV * K)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
 
@@ -411,5 +431,5 @@ def _check_inputs(
     N = len(bounds) - 1
     if initial_state is not None:
         layout = ("[N, HV, V, K]", [N, HV, V, K]) if state_v_first else ("[N, HV, K, V]", [N, HV, K, V])
-        _check_tensor("initial_state", initial_state, q, layout)
+        _check_tensor("initial_state", initial_state, q, *layout)
     return bounds

@@ -14,10 +14,10 @@
 
 #include "common/gate.cuh"
 #include "common/ptx.cuh"
-#include "prefill/portable_load.cuh"
-#include "prefill/portable_traits.cuh"
+#include "prefill/load.cuh"
+#include "prefill/traits.cuh"
 
-namespace kda::portable {
+namespace kda::prefill {
 
 constexpr int kLaneLevels = 3;            // L = 1, 2, 4 across lanes
 constexpr int kChannelBlocks = kHeadDim / 16;
@@ -54,11 +54,11 @@ __device__ __forceinline__ void row_norms(float (&q_scale)[2], float (&k_scale)[
   for (int block = 0; block < kChannelBlocks; ++block) {
     uint32_t packed[4];
     float x[8];
-    ldmatrix_x4(packed, q_block ^ (block * 32));
+    ldmatrix_x4(packed, q_block + block * kBlockBytes);
     unpack_block(x, packed);
 #pragma unroll
     for (int e = 0; e < 8; ++e) q_sum[(e >> 1) & 1] += x[e] * x[e];
-    ldmatrix_x4(packed, k_block ^ (block * 32));
+    ldmatrix_x4(packed, k_block + block * kBlockBytes);
     unpack_block(x, packed);
 #pragma unroll
     for (int e = 0; e < 8; ++e) k_sum[(e >> 1) & 1] += x[e] * x[e];
@@ -156,10 +156,10 @@ __device__ __forceinline__ void store_pairs(const PairSums& sums, float beta, ui
       store_shared_float(scratch + ((base + column) * kScratchRow + base + row) * 4, kk);
       if (r == 1) store_shared_float(scratch + (column * kScratchRow + 8 + row) * 4, beta_row * sums.top[x]);
     }
-    store_shared(aqk + pair_offset(base + row, (base + pair) * 2), pack_bf16(qk[0], qk[1]));
+    store_shared(aqk + 4 * lane + r * (kUnitBytes + kHalfUnitBytes), pack_bf16(qk[0], qk[1]));
   }
-  store_shared(aqk + pair_offset(8 + row, pair * 2), pack_bf16(sums.top[2], sums.top[3]));
-  store_shared(aqk + pair_offset(row, (8 + pair) * 2), 0);
+  store_shared(aqk + 4 * lane + kHalfUnitBytes, pack_bf16(sums.top[2], sums.top[3]));
+  store_shared(aqk + 4 * lane + kUnitBytes, 0);
 }
 
 // T_inv = (I + Akk)^-1 by forward substitution in fp32, a column per lane (twice over the warp). The unit diagonal
@@ -185,7 +185,8 @@ __device__ __forceinline__ void invert(uint32_t t_inv, uint32_t scratch, int lan
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float value = i == column ? 0.0f : x[i];
-      store_shared_u16(t_inv + pair_offset(i, column * 2), __bfloat16_as_ushort(__float2bfloat16_rn(value)));
+      store_shared_u16(t_inv + column / 8 * kUnitBytes + i * 16 + column % 8 * 2,
+                       __bfloat16_as_ushort(__float2bfloat16_rn(value)));
     }
   }
 }
@@ -197,13 +198,13 @@ __device__ __forceinline__ void decay_block(float (&a)[8], uint32_t g_block, int
   float g[8];
   if constexpr (sizeof(GElem) == 2) {
     uint32_t packed[4];
-    ldmatrix_x4(packed, g_block ^ (block * 32));
+    ldmatrix_x4(packed, g_block + block * kBlockBytes);
     unpack_block(g, packed);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int h = i / 2, r = i % 2;
-      float2 pair = load_shared_float2((g_block ^ (block * 64 + h * 32)) + r * 8 * kHeadDim * 4);
+      float2 pair = load_shared_float2(g_block + 2 * (block * kBlockBytes + h * kUnitBytes + r * kHalfUnitBytes));
       g[2 * i] = pair.x;
       g[2 * i + 1] = pair.y;
     }
@@ -233,23 +234,20 @@ template <GateKind kGate, class GElem>
 __device__ __forceinline__ void build_factors(const PrefillParams& p, uint32_t slot, uint32_t scratch, uint32_t bias,
                                               const GateScale& gate_scale, float beta, int valid, int lane) {
   using S = Slot<GElem>;
-  const uint32_t load_offset = tile_offset(ldmatrix_row(lane), ldmatrix_column_byte(lane));
-  const uint32_t store_offset = tile_offset(lane / 4, 0) + 4 * (lane % 4);
-  const uint32_t g_block = S::kGateInPlace ? slot + S::kG + load_offset
-                                           : slot + S::kG + swizzled<WideTileSwizzle, kHeadDim * 4>(lane / 4, 0) +
-                                                 8 * (lane % 4);
+  const uint32_t lane_block = slot + ldmatrix_lane_offset(lane);
+  const uint32_t g_block = S::kGateInPlace ? lane_block + S::kG : slot + S::kG + 8 * lane;
 
   float q_scale[2] = {p.scale, p.scale}, k_scale[2] = {1.0f, 1.0f};
-  if (p.l2norm_qk) row_norms(q_scale, k_scale, slot + S::kQ + load_offset, slot + S::kK + load_offset);
+  if (p.l2norm_qk) row_norms(q_scale, k_scale, lane_block + S::kQ, lane_block + S::kK);
 
   PairSums sums;
 #pragma unroll 1
   for (int block = 0; block < kChannelBlocks; ++block) {
     uint32_t packed[4];
     float q[8], k[8], pre[8], suf[8], total[8];
-    ldmatrix_x4(packed, (slot + S::kQ + load_offset) ^ (block * 32));
+    ldmatrix_x4(packed, lane_block + S::kQ + block * kBlockBytes);
     unpack_block(q, packed);
-    ldmatrix_x4(packed, (slot + S::kK + load_offset) ^ (block * 32));
+    ldmatrix_x4(packed, lane_block + S::kK + block * kBlockBytes);
     unpack_block(k, packed);
     decay_block<kGate, GElem>(pre, g_block, block, bias, gate_scale, valid, lane);
     __syncwarp();  // the block is in registers: its room in the slot may be written
@@ -274,13 +272,12 @@ __device__ __forceinline__ void build_factors(const PrefillParams& p, uint32_t s
     scale_and_pack(k_suf, k, suf);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t target = store_offset ^ (block * 32 + h * 16);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t row = slot + target + r * 8 * kHeadDim * 2;
-        store_shared(row + S::kQ, q_pre[2 * h + r]);
-        store_shared(row + S::kK, k_pre[2 * h + r]);
-        store_shared(row + S::kKsuf, k_suf[2 * h + r]);
+        const uint32_t matrix = slot + 4 * lane + block * kBlockBytes + h * kUnitBytes + r * kHalfUnitBytes;
+        store_shared(matrix + S::kQ, q_pre[2 * h + r]);
+        store_shared(matrix + S::kK, k_pre[2 * h + r]);
+        store_shared(matrix + S::kKsuf, k_suf[2 * h + r]);
       }
       if (lane < 4) {
         store_shared_float2(slot + S::kTotal + (16 * block + 8 * h + 2 * lane) * 4, total[4 * h], total[4 * h + 1]);
@@ -291,7 +288,6 @@ __device__ __forceinline__ void build_factors(const PrefillParams& p, uint32_t s
   if (lane < kChunk) store_shared_float(slot + S::kBeta + lane * 4, beta);
   __syncwarp();
   invert(slot + S::kTInv, scratch, lane);
-  __syncwarp();  // the scratch may be written again, and the slot is whole
 }
 
 __device__ __forceinline__ float load_beta(const PrefillParams& p, int64_t offset) {
@@ -300,7 +296,9 @@ __device__ __forceinline__ float load_beta(const PrefillParams& p, int64_t offse
   return activate_beta(beta, p.sigmoid_beta, p.neg_eigval);
 }
 
-template <GateKind kGate, class GElem>
+// kAsyncProxy: the state warps read the factors through the async proxy (wgmma), which ordinary stores reach only
+// past a fence of each writing lane.
+template <GateKind kGate, bool kAsyncProxy, class GElem>
 __device__ void factor_role(const PrefillParams& p, const SharedMap<GElem>& shared, const Sequence& sequence, int head,
                             const GateScale& gate_scale, int warp) {
   const int lane = threadIdx.x % 32;
@@ -308,16 +306,18 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<GElem>& shar
                            head * p.beta.head_stride;
   RingPosition ring{.slot = 0, .parity = 0};
   ring.advance(warp, shared.num_slots);
-  for (int64_t token = warp * kChunk; token < sequence.length; token += kFactorWarps * kChunk) {
-    const int valid = static_cast<int>(min(sequence.length - token, static_cast<int64_t>(kChunk)));
+  for (int token = warp * kChunk; token < sequence.length; token += kFactorWarps * kChunk) {
+    const int valid = min(sequence.length - token, kChunk);
     // Read before the wait: the latency hides behind it.
     const float beta = lane < valid ? load_beta(p, beta_row + (token + lane) * p.beta.token_stride) : 0.0f;
     barrier_wait(shared.raw_ready(ring.slot), ring.parity);
     build_factors<kGate, GElem>(p, shared.slot(ring.slot), shared.scratch(warp), shared.bias(), gate_scale, beta, valid,
                                 lane);
+    if constexpr (kAsyncProxy) fence_proxy_async();
+    __syncwarp();  // the slot is whole
     if (lane == 0) barrier_arrive(shared.factors_ready(ring.slot));
     ring.advance(kFactorWarps, shared.num_slots);
   }
 }
 
-}  // namespace kda::portable
+}  // namespace kda::prefill

@@ -1,0 +1,131 @@
+"""How the GPU tests call the kernel, what they compare with, and the tolerance."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from kda_inputs import make_inputs, rel_rms, to_float64
+
+DEVICE = "cuda"
+
+# Relative RMS against float64, for random keys and every gate. The chunk form with bf16 operands and fp32
+# accumulation reaches 3.5e-3 .. 4.6e-3 on the output and 2.5e-3 .. 3.7e-3 on the state (bf16_model.py), one
+# rounding to bf16 alone is 1.7e-3; a wrong decay, a stale row or a missing token is far over 1e-2.
+TOLERANCE = 5e-3
+
+SENTINEL = 768.0  # exact in bf16; no result of these tests comes near it
+GUARD_TOKENS = 16  # untouched rows in front of and behind `out`
+
+DEFINITION_LENGTH = 130  # up to here the token-by-token definition is the reference, beyond it the chunk form
+
+
+def inputs_for(gate: str, **options) -> dict:
+    """`make_inputs` on the device; `lengths` packs sequences, otherwise B (1) sequences of T tokens."""
+    lengths = options.pop("lengths", None)
+    if lengths is not None:
+        options.update(B=1, T=sum(lengths), cu_seqlens=[0, *itertools.accumulate(lengths)])
+    options = {"B": 1, "H": 4, "initial_state": True, "device": DEVICE, **options}
+    return make_inputs(gate, **options)
+
+
+def sequence_count(inputs: dict) -> int:
+    cu_seqlens = inputs["cu_seqlens"]
+    return len(inputs["q"]) if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def guarded_out(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(buffer full of SENTINEL, its part `out` full of NaN): rows of tokens surround `out` on both sides."""
+    v = inputs["v"]
+    B, T, HV, V = v.shape
+    buffer = torch.full((B, T + 2 * GUARD_TOKENS, HV, V), SENTINEL, dtype=v.dtype, device=v.device)
+    out = buffer[:, GUARD_TOKENS : GUARD_TOKENS + T]
+    out.fill_(float("nan"))
+    return buffer, out
+
+
+def guarded_state(inputs: dict, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(buffer full of SENTINEL, its part `final_state` full of NaN): one state more on both sides."""
+    v = inputs["v"]
+    N, HV, D = sequence_count(inputs), v.shape[2], v.shape[3]
+    buffer = torch.full((N + 2, HV, D, D), SENTINEL, dtype=dtype, device=v.device)
+    buffer[1:-1] = float("nan")
+    return buffer, buffer[1:-1]
+
+
+def assert_guards(buffer: torch.Tensor, inside: torch.Tensor, dim: int) -> None:
+    """Everything of `buffer` in front of and behind `inside` along `dim` still holds SENTINEL."""
+    margin = (buffer.shape[dim] - inside.shape[dim]) // 2
+    for name, start in (("in front of", 0), ("behind", buffer.shape[dim] - margin)):
+        guard = buffer.narrow(dim, start, margin)
+        assert (guard == SENTINEL).all(), (
+            f"written {name} the result: {(guard != SENTINEL).sum().item()} elements"
+        )
+
+
+def run_op(kernel, inputs: dict, state_dtype: torch.dtype | None = None):
+    """The bare operator on guarded, poisoned results; returns (out, final_state or None).
+
+    `state_dtype` is final_state's dtype without an initial state (fp32 by default).
+    """
+    initial_state = inputs["initial_state"]
+    if initial_state is not None:
+        state_dtype = initial_state.dtype
+    buffer, out = guarded_out(inputs)
+    state_buffer = final_state = None
+    if inputs["output_final_state"]:
+        state_buffer, final_state = guarded_state(inputs, state_dtype or torch.float32)
+    call_op(kernel, inputs, out, final_state)
+    assert_guards(buffer, out, dim=1)
+    if final_state is not None:
+        assert_guards(state_buffer, final_state, dim=0)
+    return out, final_state
+
+
+def op_arguments(inputs: dict, out: torch.Tensor, final_state: torch.Tensor | None) -> tuple:
+    """Positional arguments of the operator `kda_prefill`."""
+    x = inputs
+    scale = x["q"].shape[-1] ** -0.5 if x["scale"] is None else x["scale"]
+    return (
+        x["q"], x["k"], x["v"], x["g"], x["beta"], x["A_log"], x["dt_bias"], x["initial_state"],
+        x["cu_seqlens"], out, final_state, scale, x["lower_bound"], x["use_gate_in_kernel"],
+        x["use_qk_l2norm_in_kernel"], x["use_beta_sigmoid_in_kernel"], x["allow_neg_eigval"],
+        x["state_v_first"],
+    )  # fmt: skip
+
+
+def call_op(kernel, inputs: dict, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    kernel.ops.kda_prefill(*op_arguments(inputs, out, final_state))
+
+
+def reference(kernel, inputs: dict):
+    """(o, final_state) in float64, by the definition for short inputs and by its chunk form for long ones."""
+    short = inputs["q"].shape[1] <= DEFINITION_LENGTH
+    function = kernel.reference.recurrent_kda if short else kernel.reference.chunk_kda
+    with torch.no_grad():
+        return function(**to_float64(inputs))
+
+
+def sequences(inputs: dict) -> list[tuple[int, slice]]:
+    """For every sequence its row of the batch and its tokens."""
+    if inputs["cu_seqlens"] is None:
+        return [(b, slice(None)) for b in range(len(inputs["q"]))]
+    bounds = inputs["cu_seqlens"].tolist()
+    return [(0, slice(begin, end)) for begin, end in zip(bounds, bounds[1:])]
+
+
+def worst_errors(inputs: dict, found, expected) -> tuple[float, float]:
+    """Relative RMS errors of o and of the final state (0 without one), each in its worst sequence."""
+    parts = sequences(inputs)
+    o_error = max((rel_rms(expected[0][b, tokens], found[0][b, tokens]) for b, tokens in parts), default=0.0)
+    if not inputs["output_final_state"]:
+        return o_error, 0.0
+    assert found[1].shape == expected[1].shape
+    return o_error, max((rel_rms(want, got) for want, got in zip(expected[1], found[1])), default=0.0)
+
+
+def assert_accurate(kernel, inputs: dict, found, tolerance: float = TOLERANCE) -> None:
+    """`found` = (o, final_state) is within the tolerance of the float64 reference in every sequence."""
+    o_error, state_error = worst_errors(inputs, found, reference(kernel, inputs))
+    assert o_error <= tolerance, f"o: relative RMS error {o_error:.2e} > {tolerance:.1e}"
+    assert state_error <= tolerance, f"final_state: relative RMS error {state_error:.2e} > {tolerance:.1e}"

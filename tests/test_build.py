@@ -1,0 +1,449 @@
+"""scripts/build_kernel.py: build.toml, bad input, incremental and interrupted builds, and the binary."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import build_kernel
+import pytest
+from kernel_build import BuildError
+from kernel_build.config import open_project, select_archs
+from kernel_build.steps import read_depfile
+from kernels._rust import Backend, Build, Metadata
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE_BUDGET = 40 * 2**20  # bytes, one variant
+ALLOWED_LIBRARIES = (
+    r"(libtorch|libc10|libcudart|libc|libm|libstdc\+\+|libgcc_s)\.so(\.\d+)*|ld-linux-[\w-]+\.so\.\d"
+)
+SOURCE_SUFFIXES = {".cu", ".cuh", ".cpp", ".h"}
+
+STUB_TOML = """
+[general]
+name = "stub-kernel"
+version = 3
+edition = 5
+license = "Apache-2.0"
+backends = ["cuda"]
+
+[torch]
+include = ["src"]
+src = ["torch-ext/torch_binding.cpp", "src/add.h"]
+
+[torch.stable-abi]
+cuda = "2.11"
+
+[kernel.add]
+backend = "cuda"
+depends = ["torch"]
+cuda-capabilities = ["8.0", "9.0"]
+include = ["src"]
+src = ["src/add.cu", "src/one.cuh"]
+"""
+
+STUB_BINDING = """
+#include <torch/csrc/stable/library.h>
+
+#include "registration.h"
+#include "add.h"
+
+void add(torch::stable::Tensor x) { launch_add(static_cast<float*>(x.mutable_data_ptr())); }
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) { ops.def("add(Tensor(a!) x) -> ()"); }
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) { ops.impl("add", TORCH_BOX(&add)); }
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+"""
+
+STUB_CUDA = """
+#include "add.h"
+#include "one.cuh"
+
+__global__ void add_kernel(float* x) { x[threadIdx.x] += kOne; }
+
+void launch_add(float* x) { add_kernel<<<1, 32>>>(x); }
+"""
+
+STUB_FILES = {
+    "build.toml": STUB_TOML,
+    "torch-ext/torch_binding.cpp": STUB_BINDING,
+    "torch-ext/stub_kernel/__init__.py": "from ._ops import ops\n\n__all__ = ['ops']\n",
+    "src/add.h": "#pragma once\n#include <torch/csrc/stable/tensor.h>\nvoid launch_add(float* x);\n",
+    "src/add.cu": STUB_CUDA.replace('#include "add.h"', "void launch_add(float* x);"),
+    "src/one.cuh": "#pragma once\nconstexpr float kOne = 1.0f;\n",
+}
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    """A kernel repository with one tiny kernel."""
+    root = tmp_path / "stub kernel"  # with a blank: paths must survive it
+    for name, text in STUB_FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def run(root: Path, *options: str, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a build of `root`."""
+    code = build_kernel.main(["--root", str(root), *options])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refusal(root: Path, *options: str, capsys: pytest.CaptureFixture) -> str:
+    """The message of a build that must fail: one line on standard error."""
+    code, _, errors = run(root, *options, capsys=capsys)
+    assert code == 1
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    return errors
+
+
+def object_times(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in root.glob("build/.objects/*/*/*.o")}
+
+
+# ----------------------------------------------------------------------------------------------------
+# build.toml
+
+
+def test_build_toml_is_valid():
+    assert Build.open(ROOT).general.backends == [Backend.CUDA]
+    project = open_project(ROOT)
+    assert (project.name, project.version, project.license) == ("flash-kda", 1, "Apache-2.0")
+    assert project.stable_abi == (2, 11)
+    assert {"8.0", "9.0", "10.0", "12.0"} <= set(project.capabilities)
+
+
+def test_build_toml_lists_every_source():
+    """kernel-builder's sandbox holds what is listed and no more, headers included."""
+    folders = (ROOT / "kda_kernel", ROOT / "torch-ext")
+    on_disk = {
+        path.relative_to(ROOT).as_posix()
+        for top in folders
+        for path in top.rglob("*")
+        if path.suffix in SOURCE_SUFFIXES
+    }
+    listed = [source for section in open_project(ROOT).sections for source in section.sources]
+    assert sorted(listed) == sorted(set(listed)), "a source stands in build.toml twice"
+    assert set(listed) == on_disk
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "stub-kernel"', 'name = "stub_kernel"', "name"),
+        ("edition = 5", "edition = 5\ncolour = 1", "colour"),
+        ('license = "Apache-2.0"', "", "license"),
+        ('depends = ["torch"]', 'depends = ["cutlass_4_6"]', "cutlass_4_6"),
+        (
+            'cuda-capabilities = ["8.0", "9.0"]',
+            'cuda-capabilities = ["sm_90"]',
+            "'sm_90' is no CUDA capability",
+        ),
+        ('"src/one.cuh"]', '"src/two.cuh"]', "source src/two.cuh does not exist"),
+        ('[torch.stable-abi]\ncuda = "2.11"', "", "expected the backend"),
+        ("[general]", "[general", "build.toml"),
+    ],
+    ids=[
+        "name",
+        "unknown key",
+        "no license",
+        "dependency",
+        "capability",
+        "missing source",
+        "no stable ABI",
+        "syntax",
+    ],
+)
+def test_bad_build_toml(stub, capsys, old, new, message):
+    assert old in STUB_TOML
+    (stub / "build.toml").write_text(STUB_TOML.replace(old, new))
+    assert message in refusal(stub, capsys=capsys)
+
+
+def test_no_build_toml(tmp_path, capsys):
+    assert "build.toml: no such file" in refusal(tmp_path, capsys=capsys)
+
+
+# ------------------------------------------------------------------------------------------------------ bad
+# input
+
+
+@pytest.mark.parametrize("archs", ["9.1", "sm_90", "9.0,7.5", ",", "Native"])
+def test_unknown_architecture(stub, capsys, archs):
+    message = refusal(stub, "--archs", archs, capsys=capsys)
+    assert "--archs" in message and "8.0, 9.0" in message
+
+
+def test_native_without_a_gpu(stub, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(BuildError, match="--archs native: this machine has no CUDA device"):
+        select_archs(open_project(stub), "native")
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs"),
+    [((8, 0), ["8.0"]), ((8, 9), ["8.0"]), ((9, 0), ["9.0"]), ((12, 1), ["12.0"])],
+    ids=str,
+)
+def test_native_picks_what_serves_the_device(monkeypatch, capability, archs):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert select_archs(open_project(ROOT), "native") == archs
+
+
+def test_native_on_a_device_that_is_too_old(stub, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    with pytest.raises(BuildError, match="serves a device of 7.5"):
+        select_archs(open_project(stub), "native")
+
+
+def test_no_nvcc(stub, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert f"no nvcc: CUDA_HOME={tmp_path} has no bin/nvcc" in refusal(stub, capsys=capsys)
+
+
+def test_broken_nvcc(stub, capsys, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho out of order >&2\nexit 7\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    message = refusal(stub, capsys=capsys)
+    assert "nvcc --version failed with exit code 7" in message and "out of order" in message
+
+
+def test_no_host_compiler(stub, capsys, monkeypatch, toolchain):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler is not in PATH" in refusal(stub, capsys=capsys)
+
+
+def test_no_cutlass(stub, capsys, monkeypatch, toolchain, tmp_path):
+    (stub / "build.toml").write_text(STUB_TOML.replace('["torch"]', '["torch", "cutlass_4_4"]'))
+    monkeypatch.setenv("CUTLASS_SRC_DIR", str(tmp_path))
+    assert "no CUTLASS headers" in refusal(stub, capsys=capsys)
+
+
+@pytest.mark.parametrize("place", ["below a file", "read-only file system"])
+def test_output_that_cannot_be_written(stub, capsys, toolchain, place):
+    output = {
+        "below a file": stub / "build.toml" / "build",
+        "read-only file system": Path("/sys/flash-kda-build"),
+    }[place]
+    message = refusal(stub, "--output", str(output), capsys=capsys)
+    assert f"{output} can't be written" in message
+
+
+def test_compile_error_names_the_file_and_the_line(stub, capsys, toolchain):
+    (stub / "src/one.cuh").write_text("constexpr float kOne = none;\n")
+    message = refusal(stub, "--archs", "9.0", capsys=capsys)
+    assert "src/add.cu" in message and "one.cuh(1)" in message and '"none" is undefined' in message
+    assert not list(stub.glob("build/*/metadata.json"))
+
+
+def test_usage_error(stub, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        build_kernel.main(["--root", str(stub), "--jobs", "0"])
+    assert "--jobs: expected a number from 1 on, got 0" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- builds of the
+# stub
+
+
+def test_incremental_builds(stub, capsys, toolchain):
+    """Only what a change reaches is made again; the variant always fits the sources."""
+    code, output, _ = run(stub, "--archs", "9.0", capsys=capsys)
+    assert code == 0 and "3 of 3 objects compiled" in output
+    (variant,) = (path.parent for path in stub.glob("build/*/metadata.json"))
+    first, first_id = object_times(stub), Metadata.read_from_file(variant / "metadata.json").id
+    assert build_kernel.main(["--root", str(stub), "--check"]) == 0
+
+    code, output, _ = run(stub, "--archs", "9.0", capsys=capsys)
+    assert code == 0 and "0 of 3 objects compiled" in output and "is current" in output
+    assert object_times(stub) == first
+
+    os.utime(stub / "src/add.cu")  # a new time and the same content
+    code, output, _ = run(stub, "--archs", "9.0", capsys=capsys)
+    assert code == 0 and "0 of 3 objects compiled" in output
+
+    (stub / "torch-ext/stub_kernel/__init__.py").write_text("__all__ = []\n")
+    assert build_kernel.main(["--root", str(stub), "--check"]) == 1
+    run(stub, "--archs", "9.0", capsys=capsys)
+    changed = {name for name, mtime in object_times(stub).items() if mtime != first[name]}
+    assert changed == {"torch-ext-torch_binding.cpp.o"}, "a Python file changes the namespace, no kernel"
+    assert Metadata.read_from_file(variant / "metadata.json").id != first_id
+
+    second = object_times(stub)
+    (stub / "src/one.cuh").write_text("#pragma once\nconstexpr float kOne = 2.0f;\n")
+    run(stub, "--archs", "9.0", capsys=capsys)
+    changed = {name for name, mtime in object_times(stub).items() if mtime != second[name]}
+    assert changed == {"torch-ext-torch_binding.cpp.o", "src-add.cu.o"}
+    assert build_kernel.main(["--root", str(stub), "--check"]) == 0
+
+
+def test_a_failed_build_leaves_the_variant_as_it_was(stub, capsys, toolchain):
+    run(stub, "--archs", "9.0", capsys=capsys)
+    before = {path: path.read_bytes() for path in stub.glob("build/torch*/**/*") if path.is_file()}
+    (stub / "src/add.cu").write_text("not C++")
+    refusal(stub, "--archs", "9.0", capsys=capsys)
+    assert {path: path.read_bytes() for path in stub.glob("build/torch*/**/*") if path.is_file()} == before
+    assert not list(stub.glob("build/.staging-*"))
+
+
+def test_a_killed_build_leaves_nothing_to_load_and_the_next_one_recovers(stub, capsys, toolchain):
+    command = [sys.executable, str(ROOT / "scripts/build_kernel.py"), "--root", str(stub), "--archs", "9.0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(stub.glob("build/.objects/*/*/generated/exports.map")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(stub.glob("build/*/metadata.json"))
+
+    leftover = stub / "build" / ".staging-of-the-killed-one"
+    (leftover / "new").mkdir(parents=True)
+    code, _, errors = run(stub, "--archs", "9.0", capsys=capsys)
+    assert code == 0, errors
+    assert len(list(stub.glob("build/*/metadata.json"))) == 1 and not leftover.exists()
+
+
+def test_two_builds_are_byte_identical(stub, capsys, toolchain):
+    contents = []
+    for _ in range(2):
+        assert run(stub, "--archs", "8.0", "--clean", capsys=capsys)[0] == 0
+        contents.append(
+            {path: path.read_bytes() for path in stub.glob("build/torch*/**/*") if path.is_file()}
+        )
+    assert contents[0] == contents[1]
+
+
+def test_debug_build_has_line_information(stub, capsys, toolchain):
+    assert run(stub, "--archs", "9.0", "--debug", capsys=capsys)[0] == 0
+    (variant,) = (path.parent for path in stub.glob("build/*/metadata.json"))
+    metadata = Metadata.read_from_file(variant / "metadata.json")
+    assert metadata.id.endswith("_debug") and metadata.version == 3
+    assert b"add.cu" in (variant / f"{metadata.id}.abi3.so").read_bytes()
+
+
+def test_the_compilers_report_is_kept(stub, capsys, toolchain):
+    assert run(stub, "--archs", "8.0,9.0", capsys=capsys)[0] == 0
+    (log,) = stub.glob("build/logs/*/*/src-add.cu.log")
+    text = log.read_text()
+    assert "for 'sm_80'" in text and "for 'sm_90'" in text and re.search(r"Used \d+ registers", text)
+
+
+def test_depfile_with_blanks(tmp_path):
+    depfile = tmp_path / "x.d"
+    depfile.write_text("out\\ put.o : /a\\ b/c.h \\\n  /d/e.h \\\n  /f.h\n")
+    assert read_depfile(depfile) == [Path("/a b/c.h"), Path("/d/e.h"), Path("/f.h")]
+
+
+# ---------------------------------------------------------------------------------------------- the real
+# binary
+
+
+@pytest.fixture(scope="module")
+def extension(variant_dir) -> Path:
+    (path,) = variant_dir.glob("*.abi3.so")
+    return path
+
+
+def embedded_code(binary: bytes) -> set[tuple[str, int]]:
+    """("sass" or "ptx", architecture number) of everything in a binary's fat binaries.
+
+    A fat binary starts with its magic number, version, header size and size; each entry with its kind,
+    attributes, header size and size, and the architecture 28 bytes in.
+    """
+    magic, found = struct.pack("<I", 0xBA55ED50), set()
+    start = binary.find(magic)
+    while start >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", binary, start)
+        entry, end = start + header, start + header + size
+        while entry < end:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", binary, entry)
+            found.add(({1: "ptx", 2: "sass"}[kind], struct.unpack_from("<I", binary, entry + 28)[0]))
+            entry += entry_header + entry_size
+        start = binary.find(magic, end)
+    return found
+
+
+def test_machine_code_for_every_architecture(extension, variant_dir):
+    archs = Metadata.read_from_file(variant_dir / "metadata.json").backend.archs
+    assert embedded_code(extension.read_bytes()) == {
+        ("sass", int(arch.rstrip("af").replace(".", ""))) for arch in archs
+    }
+
+
+@pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="no cuobjdump in PATH")
+def test_cuobjdump_finds_the_same_machine_code(extension):
+    listing = subprocess.run(
+        ["cuobjdump", "--list-elf", extension], capture_output=True, text=True, check=True
+    ).stdout
+    assert {("sass", int(number)) for number in re.findall(r"sm_(\d+)", listing)} == embedded_code(
+        extension.read_bytes()
+    )
+
+
+def test_abi(extension):
+    """The Hub's promise: glibc 2.28, libstdc++ of GCC 8, Python 3.9."""
+    kernel_abi_check = pytest.importorskip("kernel_abi_check")
+    binary = kernel_abi_check.ObjectFile(str(extension))
+    assert binary.check_manylinux("manylinux_2_28") == []
+    assert binary.check_python_abi("3.9") == []
+
+
+@pytest.fixture(scope="module")
+def readelf():
+    path = shutil.which("readelf")
+    if path is None:
+        pytest.skip("no readelf in PATH")
+    return lambda *options: (
+        subprocess.run([path, *options], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_needed_libraries(extension, readelf):
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", readelf("-dW", str(extension)))
+    assert "libtorch.so" in needed
+    assert [library for library in needed if not re.fullmatch(ALLOWED_LIBRARIES, library)] == []
+
+
+def test_only_the_module_is_exported(extension, readelf):
+    """Two versions in one process must not see each other's symbols."""
+    symbols = (line.split() for line in readelf("--dyn-syms", "-W", str(extension)).splitlines())
+    exported = [
+        words[7]
+        for words in symbols
+        if len(words) == 8 and words[4] in ("GLOBAL", "WEAK") and words[6] != "UND"
+    ]
+    assert exported == [f"PyInit_{extension.name.removesuffix('.abi3.so')}"]
+
+
+def test_size_and_paths(extension, variant_dir):
+    total = sum(path.stat().st_size for path in variant_dir.rglob("*") if path.is_file())
+    assert total < SIZE_BUDGET
+    content = extension.read_bytes()
+    assert str(ROOT).encode() not in content and sys.prefix.encode() not in content
+
+
+def test_stamps_hold_hashes_of_system_headers(variant_dir, toolchain):
+    """A new torch or CUTLASS recompiles: their headers are inputs of the objects."""
+    stamps = list((ROOT / "build/.objects").glob("*/*/*.o.json"))
+    if not stamps:
+        pytest.skip("the variant was not built in this checkout")
+    inputs = {path for stamp in stamps for path in json.loads(stamp.read_text())["inputs"]}
+    assert any(path.endswith("torch/csrc/stable/library.h") for path in inputs)
+    assert any("/cute/" in path for path in inputs)
