@@ -20,12 +20,16 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
   return kSteps + address / 16;
 }
 
+template <class Op, int kTiles, size_t... kIndex>
+__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b,
+                                      std::index_sequence<kIndex...>) {
+  Op::fma(a[0], a[1], a[2], a[3], b, d[kIndex / 4][kIndex % 4]..., cute::SM90::GMMA::ScaleOut::One);
+}
+
 // D[64, 8 kTiles] += A[64, 16] B[16, 8 kTiles]; Op is CuTe's wrapper of the instruction.
 template <class Op, int kTiles>
 __device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
-  [&]<size_t... i>(std::index_sequence<i...>) {
-    Op::fma(a[0], a[1], a[2], a[3], b, d[i / 4][i % 4]..., cute::SM90::GMMA::ScaleOut::One);
-  }(std::make_index_sequence<4 * kTiles>{});
+  wgmma<Op>(d, a, b, std::make_index_sequence<4 * kTiles>{});
 }
 
 // Keeps the compiler from moving a register of an unfinished product across this point.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 
@@ -22,6 +23,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if reason is not None and HERE in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["default", "portable"])
+def each_kernel(request, monkeypatch):
+    """Runs a test with the kernel that the device gets and with the portable one; they differ on Hopper alone."""
+    portable = request.param == "portable"
+    if portable and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the portable kernel is this device's default")
+    monkeypatch.setattr(harness, "force_portable", portable)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
-from harness import inputs_for
+from harness import inputs_for, op_arguments
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -49,8 +49,10 @@ def main() -> None:
         o, final_state = kernel.chunk_kda(**inputs)
         shifted = {name: misaligned(inputs[name]) for name in ("q", "k", "v", "g", "beta")}
         o_shifted, _ = kernel.chunk_kda(**{**inputs, **shifted})
+        o_portable = torch.empty_like(o)
+        kernel.ops.kda_prefill(*op_arguments(inputs, o_portable, None), portable=True)
         torch.cuda.synchronize()
-        for result in (o, o_shifted, final_state):
+        for result in (o, o_shifted, o_portable, final_state):
             if result is not None and not result.isfinite().all():
                 raise SystemExit(f"{name}: the result is not finite")
 

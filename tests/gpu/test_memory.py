@@ -19,6 +19,8 @@ from harness import (
 )
 from kda_inputs import conv_layout, rel_rms, to_float64
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 BF16 = torch.bfloat16
 TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
 NAN = math.nan

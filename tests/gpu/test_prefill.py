@@ -19,6 +19,8 @@ from harness import (
 )
 from kda_inputs import GATES, make_inputs, rel_rms
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 BF16, FP32 = torch.bfloat16, torch.float32
 RAW_GATES = ("lower-strong", "lower-weak", "softplus-init", "softplus-resets")
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 1000)
