@@ -1,4 +1,4 @@
-// From the gate input g to the decay a = exp(log decay) of one token and channel, and beta from its logit.
+// From the gate input g to log2 of the decay a of one token and channel, and beta from its logit.
 //
 //   pre-activated   log decay = g
 //   lower bound     log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
@@ -42,16 +42,15 @@ __device__ __forceinline__ float softplus(float x) {
   return x > 20.0f ? x : y;
 }
 
-// `bias` is dt_bias times scale.input.
+// log2(a); `bias` is dt_bias times scale.input.
 template <GateKind kGate>
-__device__ __forceinline__ float decay(float g, float bias, GateScale scale) {
+__device__ __forceinline__ float log2_decay(float g, float bias, GateScale scale) {
   if constexpr (kGate == GateKind::kLowerBound) {
-    float sigmoid = reciprocal_approx(1.0f + exp2_approx(fmaf(g, scale.input, bias)));
-    return exp2_approx(scale.output * sigmoid);
+    return scale.output * reciprocal_approx(1.0f + exp2_approx(fmaf(g, scale.input, bias)));
   } else if constexpr (kGate == GateKind::kSoftplus) {
-    return exp2_approx(scale.output * softplus(g + bias));
+    return scale.output * softplus(g + bias);
   } else {
-    return exp2_approx(g * scale.input);
+    return g * scale.input;
   }
 }
 

@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// As many slots as the device's shared memory holds, with a bf16 gate: 5 in 99 KB (8.6, 8.9, 12.0), 8 in 163 KB
-// (8.0), 12 in 227 KB; with an fp32 gate 3, 5 and 8.
+// As many slots as the device's shared memory holds, with a bf16 gate: 4 in 99 KB (8.6, 8.9, 12.0), 7 in 163 KB
+// (8.0), 11 in 227 KB; with an fp32 gate 3, 5 and 7.
 template <GateKind kGate, class GElem, class Engine>
 cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
   int device, limit;

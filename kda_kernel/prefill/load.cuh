@@ -20,6 +20,7 @@ template <class Elem>
 struct TileLoader {
   static constexpr int kUnit = 8 * sizeof(Elem);     // bytes of eight columns of a row
   static constexpr int kUnitPieces = kUnit / 16;
+  static constexpr int kUnitStride = (kChunk + 1) * kUnit;
   static constexpr int kStep = 4 / kUnitPieces;      // column groups a warp copies at a time
   static constexpr int kSteps = kHeadDim / 8 / kStep;
   static constexpr int kElems = 16 / sizeof(Elem);
@@ -32,7 +33,7 @@ struct TileLoader {
       : stride(token_stride * static_cast<int64_t>(sizeof(Elem))) {
     const int piece = lane % kUnitPieces, unit = lane / (8 * kUnitPieces);
     source = reinterpret_cast<const char*>(rows) + lane_token(lane) * stride + unit * kUnit + piece * 16;
-    target = unit * kChunk * kUnit + lane_token(lane) * kUnit + piece * 16;
+    target = unit * kUnitStride + lane_token(lane) * kUnit + piece * 16;
   }
 
   static __device__ __forceinline__ int lane_token(int lane) { return lane / kUnitPieces % 8; }
@@ -45,7 +46,7 @@ struct TileLoader {
       const char* row = source + (inside ? 8 * half * stride : 0);
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        cp_async_16(tile + target + half * 8 * kUnit + i * kStep * kChunk * kUnit, row + i * kStep * kUnit, inside);
+        cp_async_16(tile + target + half * 8 * kUnit + i * kStep * kUnitStride, row + i * kStep * kUnit, inside);
       }
     }
   }
@@ -62,7 +63,7 @@ struct TileLoader {
         for (int e = 0; e < kElems; ++e) piece[e] = values[e];
       }
       const auto* words = reinterpret_cast<const uint32_t*>(piece);
-      const uint32_t place = tile + target + half * 8 * kUnit + step * kStep * kChunk * kUnit;
+      const uint32_t place = tile + target + half * 8 * kUnit + step * kStep * kUnitStride;
 #pragma unroll
       for (int w = 0; w < 4; ++w) store_shared(place + 4 * w, words[w]);
     }

@@ -62,34 +62,40 @@ __device__ __forceinline__ void store_state(const StateFragment& s, Elem* state,
   });
 }
 
-__device__ __forceinline__ void decay_state(StateFragment& s, uint32_t total, int lane) {
+// Per lane: the decays of its channels, pairs in the order of the tiles.
+using TotalFragment = float4[kChannelTiles / 2];
+
+__device__ __forceinline__ void load_total(TotalFragment& total, uint32_t list) {
+#pragma unroll
+  for (int i = 0; i < kChannelTiles / 2; ++i) total[i] = load_shared_float4(list + 16 * i);
+}
+
+__device__ __forceinline__ void decay_state(StateFragment& s, const TotalFragment& total) {
 #pragma unroll
   for (int n = 0; n < kChannelTiles; ++n) {
-    const float2 factor = load_shared_float2(total + (8 * n + 2 * (lane % 4)) * 4);
+    const float low = n % 2 ? total[n / 2].z : total[n / 2].x, high = n % 2 ? total[n / 2].w : total[n / 2].y;
 #pragma unroll
-    for (int x = 0; x < 4; ++x) s[n][x] *= x % 2 ? factor.y : factor.x;
+    for (int x = 0; x < 4; ++x) s[n][x] *= x % 2 ? high : low;
   }
 }
 
-// U0^T = diag(beta) (V - P)^T; `v` is the lane's ldmatrix address in the warp's 16 columns of the v tile.
-__device__ __forceinline__ void residual(TokenFragment& u0, const TokenFragment& projected, uint32_t v, uint32_t beta,
-                                         int lane) {
-  uint32_t packed[4];
-  ldmatrix_x4_trans(packed, v);
+// U0^T = diag(beta) (V - P)^T; v^T by ldmatrix.
+__device__ __forceinline__ void residual(TokenFragment& u0, const TokenFragment& projected, const uint32_t (&v)[4],
+                                         const float2 (&beta)[kTokenTiles]) {
 #pragma unroll
   for (int n = 0; n < kTokenTiles; ++n) {
-    const float2 factor = load_shared_float2(beta + (8 * n + 2 * (lane % 4)) * 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 value = unpack_bf16(packed[2 * half + n]);  // rows 8 half .., tokens 8 n ..
-      u0[n][2 * half] = factor.x * (value.x - projected[n][2 * half]);
-      u0[n][2 * half + 1] = factor.y * (value.y - projected[n][2 * half + 1]);
+      const float2 value = unpack_bf16(v[2 * half + n]);  // rows 8 half .., tokens 8 n ..
+      u0[n][2 * half] = beta[n].x * (value.x - projected[n][2 * half]);
+      u0[n][2 * half + 1] = beta[n].y * (value.y - projected[n][2 * half + 1]);
     }
   }
 }
 
 // o of the warp's 16 columns: transposed in registers, gathered to 16-byte pieces through the warp's own columns of
-// the v tile (read before, by this warp alone), written row by row.
+// the v tile (read before, by this warp alone), written row by row. (Writing the 4-byte pairs of the transposed
+// fragment straight to global memory was slower: half-filled sectors, and address arithmetic in the chain.)
 __device__ __forceinline__ void store_output(const PrefillParams& p, const TokenFragment& o, uint32_t columns,
                                              __nv_bfloat16* rows, int valid, int lane) {
 #pragma unroll
@@ -119,7 +125,6 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
                            int64_t state_index, int head, int warp) {
   using S = Slot<GElem>;
   const int lane = threadIdx.x % 32;
-  const uint32_t warp_columns = S::kV + warp * kBlockBytes;
   auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + warp * kRowsPerStateWarp;
   const int64_t state_offset = state_index * kHeadDim * kHeadDim;
 
@@ -133,29 +138,34 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
     }
   }
 
+  const uint32_t v_columns = S::kV + warp * kBlockBytes;
+  const uint32_t beta_lane = S::kBeta + lane % 4 * 8;
+  const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
   RingPosition ring{.slot = 0, .parity = 0};
   for (int token = 0; token < sequence.length; token += kChunk, out += kChunk * p.out.token_stride) {
-    const int valid = min(sequence.length - token, kChunk);
     const uint32_t slot = shared.slot(ring.slot);
     barrier_wait(shared.raw_ready(ring.slot), ring.parity);
     barrier_wait(shared.factors_ready(ring.slot), ring.parity);
 
     TokenFragment projected = {}, o = {}, u;
-    uint32_t operand[4];
+    TotalFragment total;
+    uint32_t operand[4], v[4];
+    ldmatrix_x4_trans(v, slot + v_columns + ldmatrix_lane_offset(lane));
+    const float2 beta[kTokenTiles] = {load_shared_float2(slot + beta_lane), load_shared_float2(slot + beta_lane + 32)};
     Engine engine(lane);
     engine.read_state(projected, o, s, slot + S::kK, slot + S::kQ);
     engine.wait_projected(projected);
-    residual(u, projected, slot + warp_columns + ldmatrix_lane_offset(lane), slot + S::kBeta, lane);
+    residual(u, projected, v, beta);
     pack_operand(operand, u[0], u[1]);
     engine.multiply_pairs(u, operand, slot + S::kTInv);
+    load_total(total, slot + total_lane);
     engine.wait(u, o, s);
     pack_operand(operand, u[0], u[1]);
-    decay_state(s, slot + S::kTotal, lane);  // not sooner: touching S would end the products in flight
+    decay_state(s, total);  // not sooner: touching S would end the products in flight
     engine.update_state(s, operand, slot + S::kKsuf);
     engine.multiply_pairs(o, operand, slot + S::kAqk);
     engine.wait(u, o, s);
-
-    store_output(p, o, slot + warp_columns, out, valid, lane);
+    store_output(p, o, slot + v_columns, out, min(sequence.length - token, kChunk), lane);
     __syncwarp();
     if (lane == 0) barrier_arrive(shared.slot_free(ring.slot));
     ring.advance(1, shared.num_slots);

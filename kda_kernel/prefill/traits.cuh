@@ -11,9 +11,9 @@
 //   RawReady       load warp, every lane          factor, state warps  32
 //   FactorsReady   the chunk's factor warp        state warps          1
 //
-// A slot is reused in place: each factor warp reads a 16 x 16 block of q, k, g into registers before it writes the
-// block of Qpre, Kpre, Ksuf that takes its room (a __syncwarp lies between); a state warp is the only reader of its
-// 16 columns of v and writes o there once it has read them.
+// A slot is reused in place: a lane of the factor warp reads its elements of q, k, g into registers before it writes
+// Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
+// only reader of its 16 columns of v and passes o through them once it has read them.
 #pragma once
 
 #include <cstdint>
@@ -33,37 +33,53 @@ static_assert(kRowsPerStateWarp == 16, "a state warp holds one MMA tile of rows"
 constexpr int kMaxSlots = 12;
 constexpr int kMinSlots = 2;
 
-// A tile [16 tokens, columns] lies in shared memory in columns of eight, token after token:
-//   offset(token, column) = (column / 8) * 16 * w + token * w + (column % 8) * w / 8,   w = bytes of eight elements.
+// A tile [16 tokens, columns] lies in shared memory in units of eight columns, token after token, a row's width apart:
+//   offset(token, column) = (column / 8) * 17 * w + token * w + (column % 8) * w / 8,   w = bytes of eight elements.
 // In bf16, eight tokens of eight columns are then 128 consecutive bytes, which is what one 8 x 8 matrix of ldmatrix,
-// of an MMA fragment (lane l at byte 4 l) and of an unswizzled wgmma operand want: no bank conflict anywhere.
-constexpr int kUnitBytes = kChunk * 16;     // eight bf16 columns
-constexpr int kHalfUnitBytes = 8 * 16;      // of eight tokens
+// of an MMA fragment (lane l at byte 4 l) and of an unswizzled wgmma operand want; and with the odd row between units a
+// warp that holds a pair of columns per lane finds its 64 columns of a token in 32 different banks.
+constexpr int kUnitBytes = (kChunk + 1) * 16;  // eight bf16 columns
+constexpr int kHalfUnitBytes = 8 * 16;         // of eight tokens
 constexpr int kBlockBytes = 2 * kUnitBytes;  // sixteen columns, an MMA's depth
 constexpr int kTileBytes = kHeadDim / 8 * kUnitBytes;  // [16, 128]
 constexpr int kPairBytes = kChunk / 8 * kUnitBytes;    // [16, 16]
+
+// The decay of a chunk per channel, in the order in which a state lane wants it: the pairs of channels of lane % 4 side
+// by side, and an odd 16 bytes between the four lists so that they lie in different banks.
+constexpr int kTotalList = kHeadDim + 16;
+constexpr int kTotalBytes = 4 * kTotalList;
+__device__ __forceinline__ uint32_t total_offset(int channel) {
+  return channel % 8 / 2 * kTotalList + channel / 8 * 8;
+}
 
 // Byte offsets in a slot.
 template <class GElem>
 struct Slot {
   static constexpr bool kGateInPlace = sizeof(GElem) == 2;  // an fp32 gate tile is too wide for Ksuf to follow it
-  static constexpr int kGateBytes = kChunk * kHeadDim * static_cast<int>(sizeof(GElem));
+  static constexpr int kGateScale = sizeof(GElem) / 2;  // the gate tile's offsets in those of a bf16 tile
+  static constexpr int kGateBytes = kTileBytes * kGateScale;
   static constexpr int kQ = 0;               // q, then Qpre
   static constexpr int kK = kQ + kTileBytes;  // k, then Kpre
-  static constexpr int kV = kK + kTileBytes;  // v, then o
+  static constexpr int kV = kK + kTileBytes;  // v, then o  // v
   static constexpr int kG = kV + kTileBytes;
   static constexpr int kKsuf = kGateInPlace ? kG : kG + kGateBytes;
   static constexpr int kTInv = kKsuf + kTileBytes;  // T_inv below its diagonal
   static constexpr int kAqk = kTInv + kPairBytes;
-  static constexpr int kTotal = kAqk + kPairBytes;      // [128] fp32
-  static constexpr int kBeta = kTotal + kHeadDim * 4;  // [16] fp32
+  static constexpr int kTotal = kAqk + kPairBytes;   // [128] fp32, by total_offset()
+  static constexpr int kBeta = kTotal + kTotalBytes;  // [16] fp32
   static constexpr int kBytes = (kBeta + kChunk * 4 + 127) / 128 * 128;
 };
 
-// Before the slots: what lives as long as the CTA. A scratch row is padded to 20 words so that the four token pairs
-// of a warp's store fall into different banks while float4 loads stay aligned.
+// A factor warp's own room. First it holds k exp(-G) of half the channels, then, once the products are in registers,
+// Akk transposed in fp32: rows padded to 20 words, so that the four token pairs of a warp's store fall into different
+// banks while float4 loads stay aligned.
+constexpr int kHalfTileBytes = kTileBytes / 2;
 constexpr int kScratchRow = 20;
-constexpr int kScratchBytes = kChunk * kScratchRow * 4;  // Akk of one factor warp, transposed, fp32
+constexpr int kAkkBytes = kChunk * kScratchRow * 4;
+constexpr int kNormOffset = kHalfTileBytes > kAkkBytes ? kHalfTileBytes : kAkkBytes;
+constexpr int kScratchBytes = kNormOffset + kChunk * 8;  // and per token the factors on q and on k, fp32
+
+// Before the slots: what lives as long as the CTA.
 struct Fixed {
   static constexpr int kBarriers = 0;  // SlotFree, RawReady, FactorsReady of each slot
   static constexpr int kBias = 512;    // [128] fp32: dt_bias in the gate's units

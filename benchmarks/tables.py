@@ -1,0 +1,192 @@
+"""The result tables of README.md, from the JSON files that the benchmarks write.
+
+    python benchmarks/tables.py              rewrite the marked sections of README.md
+    python benchmarks/tables.py --check      only say whether they are what the JSON files say
+    (--readme FILE and --results DIR name other places)
+
+A section is what stands between the lines `<!-- results:NAME -->` and `<!-- /results -->`. NAME is "errors"
+or "prefill", the part of prefill-<device>.json with that name; there is one table for every device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from cases import CASES, GATES, QUICK
+
+SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+NO_RESULTS = "No results are recorded. `bash scripts/gpu_check.sh` on a machine with a GPU records some."
+VERSIONS = ("torch", "cuda", "triton", "kernels", "flash-linear-attention")
+
+
+class TablesError(Exception):
+    """README or a result file can't be used; the text is one line."""
+
+
+def milliseconds(x: float) -> str:
+    return f"{x:.3f}" if x >= 0.1 else f"{x:.4f}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose first column is text and whose other columns are numbers."""
+    rule = [":--"] + ["--:"] * (len(header) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+
+
+def distinct(values) -> list:
+    return list(dict.fromkeys(values))
+
+
+def measured_on(environment: dict) -> str:
+    versions = [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]
+    commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", environment["commit"])
+    return f"{environment['device']}; {', '.join(versions)}; commit `{commit}`."
+
+
+def with_fla(rows: list[dict]) -> bool:
+    return any("fla" in row for row in rows)
+
+
+def errors_command(rows: list[dict]) -> str:
+    """The call of errors.py that measures these rows."""
+    words = ["python benchmarks/errors.py"]
+    lengths, heads = distinct(row["T"] for row in rows), distinct(row["H"] for row in rows)
+    words.append(f"--lengths {' '.join(map(str, lengths))} --heads {' '.join(map(str, heads))}")
+    return " ".join(words + ["--no-fla"] * (not with_fla(rows)))
+
+
+def prefill_command(rows: list[dict]) -> str:
+    """The call of prefill.py that measures these rows."""
+    words = ["python benchmarks/prefill.py"]
+    cases, gates = distinct(row["case"] for row in rows), distinct(row["gate"] for row in rows)
+    if set(cases) == set(QUICK):
+        words.append("--quick")
+    elif cases != [shape.name for shape in CASES]:
+        words.append(f"--cases {' '.join(cases)}")
+    if gates != list(GATES):
+        words.append(f"--gates {' '.join(gates)}")
+    return " ".join(words + ["--no-fla"] * (not with_fla(rows)))
+
+
+def errors_table(content: dict) -> list[str]:
+    def shown(errors: dict | None) -> list[str]:
+        if errors is None:
+            return ["", ""]
+        return ["not finite" if x is None else f"{x:.1e}" for x in (errors["o"], errors["final_state"])]
+
+    rows, fla = content["rows"], with_fla(content["rows"])
+    header = ["gate", "T", "H", "output", "final state"] + ["FLA output", "FLA final state"] * fla
+    body = []
+    for row in rows:
+        body.append([row["gate"], str(row["T"]), str(row["H"]), *shown(row["ours"])])
+        if fla:
+            body[-1] += shown(row.get("fla"))
+    return [
+        f"{measured_on(content['environment'])} `{errors_command(rows)}`",
+        "",
+        *markdown(header, body),
+    ]
+
+
+def prefill_table(content: dict) -> list[str]:
+    rows, fla = content["rows"], with_fla(content["rows"])
+    graph = any("graph" in row["ours"] for row in rows)
+    header = ["case", "gate", "median ms", "p10..p90", "floor ms", "ms / floor"]
+    header += ["FLA ms", "FLA / ours"] * fla + ["in a CUDA graph, ms"] * graph
+    body = []
+    for row in rows:
+        eager = row["ours"]["eager"]
+        cells = [row["case"], row["gate"], milliseconds(eager["median_ms"])]
+        cells.append(f"{milliseconds(eager['p10_ms'])}..{milliseconds(eager['p90_ms'])}")
+        cells += [milliseconds(row["floor_ms"]), f"{row['over_floor']:.2f}"]
+        if fla and "fla" in row:
+            cells += [milliseconds(row["fla"]["eager"]["median_ms"]), f"{row['speedup_over_fla']:.2f}"]
+        elif fla:
+            cells += ["", ""]
+        if graph:
+            in_graph = row["ours"].get("graph")
+            cells.append("" if in_graph is None else milliseconds(in_graph["median_ms"]))
+        body.append(cells)
+    host = ", ".join(f"`{name}` {1e3 * timing['median_ms']:.0f}" for name, timing in content["host"].items())
+    return [
+        f"{measured_on(content['environment'])} `{prefill_command(rows)}`",
+        f"Copy bandwidth {content['copy_bytes_per_s'] / 1e12:.2f} TB/s; host time of a call, microseconds: {host}.",
+        "",
+        *markdown(header, body),
+    ]
+
+
+TABLES = {"errors": errors_table, "prefill": prefill_table}
+
+
+def read_results(directory: Path) -> list[tuple[Path, dict]]:
+    """Every prefill-<device>.json of `directory`, by name."""
+    found = []
+    for path in sorted(directory.glob("prefill-*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise TablesError(f"{path} can't be read: {error}") from error
+        if not isinstance(content, dict):
+            raise TablesError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        found.append((path, content))
+    return found
+
+
+def section_text(name: str, results: list[tuple[Path, dict]]) -> str:
+    """What stands between the markers of section `name`."""
+    if name not in TABLES:
+        raise TablesError(f"README section results:{name}: expected one of {', '.join(TABLES)}")
+    tables = []
+    for path, content in results:
+        if name not in content:
+            continue
+        try:
+            tables.append("\n".join(TABLES[name](content[name])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TablesError(f"{path}: {name} is not as the benchmark writes it: {error!r}") from error
+    text = "\n\n".join(tables) or NO_RESULTS
+    return f"\n{text}\n\n"
+
+
+def filled(readme: str, results: list[tuple[Path, dict]]) -> str:
+    """README's text with every marked section as the results have it."""
+    names = [match[2] for match in SECTION.finditer(readme)]
+    if sorted(names) != sorted(TABLES) or readme.count("<!-- results:") != len(TABLES):
+        raise TablesError(
+            f"README: expected the sections {', '.join(TABLES)}, each closed by <!-- /results -->, "
+            f"got {', '.join(names) or 'none'}"
+        )
+    return SECTION.sub(lambda match: match[1] + section_text(match[2], results) + match[3], readme)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README differs")
+    options = parser.parse_args(words)
+    try:
+        before = options.readme.read_text()
+        after = filled(before, read_results(options.results))
+        if options.check and before != after:
+            raise TablesError(f"{options.readme} is not what the results say; run benchmarks/tables.py")
+        if before != after:
+            options.readme.write_text(after)
+    except (TablesError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
