@@ -278,8 +278,8 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<GElem>& shar
     build_factors<kGate, GElem>(p, shared.slot(ring.slot), shared.scratch(warp), shared.bias(), gate_scale, beta, valid,
                                 lane);
     if constexpr (kAsyncProxy) fence_proxy_async();
-    __syncwarp();  // the slot is whole
-    if (lane == 0) barrier_arrive(shared.factors_ready(ring.slot));
+    barrier_arrive(shared.factors_ready(ring.slot));
+    __syncwarp();  // the scratch may be written again
     ring.advance(kFactorWarps, shared.num_slots);
   }
 }

@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     store_shared_float(shared.bias() + threadIdx.x * 4, bias * gate_scale.input);
   } else if (threadIdx.x < kHeadDim + num_slots) {
     const int slot = threadIdx.x - kHeadDim;
-    barrier_init(shared.slot_free(slot), kStateWarps);
+    barrier_init(shared.slot_free(slot), 32 * kStateWarps);
     barrier_init(shared.raw_ready(slot), 32);
-    barrier_init(shared.factors_ready(slot), 1);
+    barrier_init(shared.factors_ready(slot), 32);
   }
   __syncthreads();
 

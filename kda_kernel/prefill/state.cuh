@@ -165,9 +165,9 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
     engine.update_state(s, operand, slot + S::kKsuf);
     engine.multiply_pairs(o, operand, slot + S::kAqk);
     engine.wait(u, o, s);
+    __syncwarp();  // every lane has its v: the columns may take o
     store_output(p, o, slot + v_columns, out, min(sequence.length - token, kChunk), lane);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.slot_free(ring.slot));
+    barrier_arrive(shared.slot_free(ring.slot));
     ring.advance(1, shared.num_slots);
   }
 

@@ -7,9 +7,10 @@
 //   load warp       q, k, g, v of a chunk -> slot                                          (load.cuh)
 //
 //   barrier        arrives                        waits                arrivals
-//   SlotFree       state warps, chunk consumed    load warp            kStateWarps
-//   RawReady       load warp, every lane          factor, state warps  32
-//   FactorsReady   the chunk's factor warp        state warps          1
+//   SlotFree       state warps, chunk consumed    load warp            32 kStateWarps
+//   RawReady       load warp                      factor, state warps  32
+//   FactorsReady   the chunk's factor warp        state, load warps    32
+// Every lane arrives for what it has read and written itself.
 //
 // A slot is reused in place: a lane of the factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
