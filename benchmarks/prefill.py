@@ -42,10 +42,13 @@ def measure(chunk_kda, sets, is_ours: bool) -> dict:
     return row
 
 
-def measure_case(shape, gate: str, ours, fla, bandwidth: float, cache_bytes: int) -> dict:
-    """One row of the result: the case, its floor, our timings and FLA's."""
-    count = timing.sets_to_outgrow_cache(shape.floor_bytes(), cache_bytes)
-    sets = input_sets(shape, gate, count)
+def sets_for(shape, gate: str, cache_bytes: int) -> list[dict]:
+    return input_sets(shape, gate, timing.sets_to_outgrow_cache(shape.floor_bytes(), cache_bytes))
+
+
+def measure_ours(shape, gate: str, chunk_kda, bandwidth: float, cache_bytes: int) -> dict:
+    """One row of the result: the case, its floor and our timings."""
+    sets = sets_for(shape, gate, cache_bytes)
     floor_ms = 1e3 * shape.floor_bytes() / bandwidth
     row = {
         "case": shape.name,
@@ -53,16 +56,19 @@ def measure_case(shape, gate: str, ours, fla, bandwidth: float, cache_bytes: int
         "H": shape.H,
         "HV": shape.HV,
         "gate": gate,
-        "input_sets": count,
+        "input_sets": len(sets),
         "floor_bytes": shape.floor_bytes(),
         "floor_ms": floor_ms,
-        "ours": measure(ours, sets, is_ours=True),
+        "ours": measure(chunk_kda, sets, is_ours=True),
     }
     row["over_floor"] = row["ours"]["eager"]["median_ms"] / floor_ms
-    if fla is not None:
-        row["fla"] = measure(fla, sets, is_ours=False)
-        row["speedup_over_fla"] = row["fla"]["eager"]["median_ms"] / row["ours"]["eager"]["median_ms"]
     return row
+
+
+def add_fla(row: dict, shape, fla, cache_bytes: int) -> None:
+    """FLA's timings of the same case on the same inputs, into its row."""
+    row["fla"] = measure(fla, sets_for(shape, row["gate"], cache_bytes), is_ours=False)
+    row["speedup_over_fla"] = row["fla"]["eager"]["median_ms"] / row["ours"]["eager"]["median_ms"]
 
 
 def measure_host(kernel) -> dict:
@@ -134,25 +140,32 @@ def main() -> None:
     print(f"device-to-device copy: {bandwidth / 1e9:.0f} GB/s (bytes read and written)", flush=True)
 
     path = env.result_path(options.out, "prefill", environment)
-    rows = []
+    cache_bytes = environment["l2_bytes"]
+    rows, shapes = [], []
+
+    def save():
+        section = {"environment": environment, "copy_bytes_per_s": bandwidth, "host": host, "rows": rows}
+        env.update_result(path, "prefill", section)
+
     with torch.inference_mode():
         host = measure_host(kernel)
         print("host time a call: " + ", ".join(f"{n} {1e3 * t['median_ms']:.1f} us" for n, t in host.items()))
         print(HEADER, flush=True)
         for shape in options.cases:
             for gate in options.gates:
-                rows.append(
-                    measure_case(shape, gate, kernel.chunk_kda, fla, bandwidth, environment["l2_bytes"])
-                )
+                rows.append(measure_ours(shape, gate, kernel.chunk_kda, bandwidth, cache_bytes))
+                shapes.append(shape)
                 torch.cuda.empty_cache()
                 print(line(rows[-1]), flush=True)
-                section = {
-                    "environment": environment,
-                    "copy_bytes_per_s": bandwidth,
-                    "host": host,
-                    "rows": rows,
-                }
-                env.update_result(path, "prefill", section)
+                save()
+        # FLA last: it compiles and tunes its kernels anew for every H, which takes minutes.
+        if fla is not None:
+            print("with FLA's Triton kernels:", flush=True)
+            for row, shape in zip(rows, shapes, strict=True):
+                add_fla(row, shape, fla, cache_bytes)
+                torch.cuda.empty_cache()
+                print(line(row), flush=True)
+                save()
     print(f"wrote {path}")
     if not options.no_plots:
         import plots
