@@ -26,15 +26,6 @@ constexpr float kL2NormEpsilon = 1e-6f;  // x * rsqrt(sum x^2 + eps), the models
 constexpr float kBoundNormalised = -116.0f;
 constexpr float kBoundRaw = -64.0f;
 
-__device__ __forceinline__ void unpack_block(float (&x)[8], const uint32_t (&packed)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 pair = unpack_bf16(packed[i]);
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
-  }
-}
-
 // The diagonal of an 8 x 8 product lies in the lanes whose row lane / 4 is one of their columns 2 (lane % 4) + x.
 __device__ __forceinline__ bool on_diagonal(int lane) { return lane / 8 == lane % 4; }
 __device__ __forceinline__ int diagonal_column(int lane) { return lane / 4 % 2; }
@@ -274,6 +265,7 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<GElem>& shar
     const int valid = min(sequence.length - token, kChunk);
     const float beta = lane < valid ? beta_value(p, next_beta) : 0.0f;
     next_beta = read_beta(token + kFactorWarps * kChunk);
+    await_reuse(shared, ring);
     barrier_wait(shared.raw_ready(ring.slot), ring.parity);
     build_factors<kGate, GElem>(p, shared.slot(ring.slot), shared.scratch(warp), shared.bias(), gate_scale, beta, valid,
                                 lane);

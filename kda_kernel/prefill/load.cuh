@@ -94,10 +94,7 @@ __device__ void load_role(const PrefillParams& p, const SharedMap<GElem>& shared
   for (int token = 0; token < sequence.length; token += kChunk) {
     const int valid = min(sequence.length - token, kChunk);
     const uint32_t slot = shared.slot(ring.slot);
-    // A fresh barrier passes a wait for the odd parity: the first round finds every slot free. The state warps freed the
-    // slot after its factors were ready; waiting for both orders this warp behind the factor warp too, at first hand.
-    barrier_wait(shared.slot_free(ring.slot), ring.parity ^ 1);
-    barrier_wait(shared.factors_ready(ring.slot), ring.parity ^ 1);
+    await_reuse(shared, ring);
     k.load(slot + S::kK, valid, p.inputs_aligned, lane);
     q.load(slot + S::kQ, valid, p.inputs_aligned, lane);
     g.load(slot + S::kG, valid, p.inputs_aligned, lane);

@@ -19,6 +19,7 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
 #include "params.h"
 
 namespace kda::prefill {
@@ -123,6 +124,15 @@ struct RingPosition {
     }
   }
 };
+
+// Until the slot's last chunk has been made and consumed; a fresh barrier passes a wait for the odd parity, so the first
+// round finds every slot free. SlotFree alone implies FactorsReady, and RawReady implies both: a role waits for all that
+// it follows at first hand, because racecheck does not follow chains of barriers. (The waits fall through.)
+template <class GElem>
+__device__ __forceinline__ void await_reuse(const SharedMap<GElem>& shared, const RingPosition& ring) {
+  barrier_wait(shared.factors_ready(ring.slot), ring.parity ^ 1);
+  barrier_wait(shared.slot_free(ring.slot), ring.parity ^ 1);
+}
 
 // What a lane names to ldmatrix_x4 for a 16 x 16 block of a bf16 tile; the four registers then hold
 // (tokens 0-7, columns 0-7), (tokens 8-15, columns 0-7), (tokens 0-7, columns 8-15), (tokens 8-15, columns 8-15).
