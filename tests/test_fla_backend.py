@@ -1,0 +1,285 @@
+"""hf_layer.fla without a GPU: which calls our backend takes, which it hands back and why, and what it logs.
+
+Tensors are fake CUDA tensors and the kernel is a recorder, so nothing is computed.
+tests/gpu/test_fla_dispatch.py has the numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from types import SimpleNamespace
+
+import fla_contract
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import hf_layer
+from hf_layer import api
+from hf_layer.loading import KernelLoad
+
+H, D = 2, 128
+FLA_IS_THERE = all(importlib.util.find_spec(name) for name in ("fla", "triton", "einops"))
+needs_fla = pytest.mark.skipif(not FLA_IS_THERE, reason="flash-linear-attention is not installed")
+
+
+@pytest.fixture(params=["contract", pytest.param("fla", marks=needs_fla)])
+def fla(request, monkeypatch):
+    """Our backend in front of a `fla.ops.kda.chunk_kda` that returns "fla", in FLA or its stand-in.
+
+    Attributes: module (hf_layer.fla), chunk_kda (dispatched), taken (keyword arguments of the calls that
+    reached the kernel), load (what load_kernel gives).
+    """
+    if request.param == "contract":
+        for name, module in fla_contract.modules().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    # Imported anew, and forgotten afterwards: other tests import it with FLA itself.
+    monkeypatch.setitem(sys.modules, "hf_layer.fla", None)
+    del sys.modules["hf_layer.fla"]
+    monkeypatch.setattr(hf_layer, "fla", None, raising=False)
+    monkeypatch.delenv("FLA_FLASH_KDA", raising=False)
+    monkeypatch.delenv("FLA_DISABLE_BACKEND_DISPATCH", raising=False)
+    kda = importlib.import_module("fla.ops.kda")
+    backends = importlib.import_module("fla.backends")
+
+    def chunk_kda(*args, **kwargs):
+        return "fla"
+
+    monkeypatch.setattr(kda, "chunk_kda", backends.dispatch(chunk_kda))
+    taken = []
+
+    def kernel(*args, **kwargs):
+        taken.append(dict(inspect.signature(api.chunk_kda).bind(*args, **kwargs).arguments))
+        return "kernel"
+
+    module = importlib.import_module("hf_layer.fla")
+    context = SimpleNamespace(
+        module=module,
+        chunk_kda=kda.chunk_kda,
+        taken=taken,
+        load=KernelLoad(SimpleNamespace(chunk_kda=kernel), "a test", None),
+    )
+    monkeypatch.setattr(module, "load_kernel", lambda: context.load)
+    monkeypatch.setattr(api, "_sm_major", lambda device: 9)
+    with FakeTensorMode():
+        yield context
+    module.unregister()
+
+
+def call(**changes) -> dict:
+    """Arguments of a call that FLA's own backend would take too; `shape` and `grad` change how it is made."""
+    B, T, heads, value_heads, K = changes.pop("shape", (1, 100, H, H, D))
+    dtype, grad = changes.pop("dtype", torch.bfloat16), changes.pop("grad", False)
+    device = changes.pop("device", "cuda")
+
+    def tensor(*size, dtype=dtype):
+        return torch.zeros(size, dtype=dtype, device=device, requires_grad=grad)
+
+    arguments = dict(
+        q=tensor(B, T, heads, K),
+        k=tensor(B, T, heads, K),
+        v=tensor(B, T, value_heads, K),
+        g=tensor(B, T, value_heads, K),
+        beta=tensor(B, T, value_heads),
+        A_log=tensor(value_heads, dtype=torch.float32),
+        dt_bias=tensor(value_heads * K, dtype=torch.float32),
+        initial_state=tensor(B, value_heads, K, K, dtype=torch.float32),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        safe_gate=True,
+        lower_bound=-5.0,
+        state_v_first=True,
+    )
+    arguments.update((name, value() if callable(value) else value) for name, value in changes.items())
+    return arguments
+
+
+def zeros(*size, dtype=torch.float32):
+    """Made when the call is made, inside the fake mode."""
+    return lambda: torch.zeros(size, dtype=dtype, device="cuda")
+
+
+TAKEN = {
+    "as-fla-s-own-backend": {},
+    "softplus": dict(lower_bound=None, safe_gate=False),
+    "lower-bound-without-safe-gate": dict(safe_gate=False),
+    "lower-bound-0": dict(lower_bound=0.0),
+    "no-A_log": dict(A_log=None),
+    "no-dt_bias": dict(dt_bias=None),
+    "pre-activated": dict(use_gate_in_kernel=False, A_log=None, dt_bias=None, lower_bound=None),
+    "pre-activated-fp32-g": dict(use_gate_in_kernel=False, g=zeros(1, 100, H, D)),
+    "activated-beta": dict(use_beta_sigmoid_in_kernel=False),
+    "fp32-beta": dict(beta=zeros(1, 100, H)),
+    "no-l2norm": dict(use_qk_l2norm_in_kernel=False),
+    "k-first": dict(state_v_first=False),
+    "old-keyword": dict(state_v_first=False, transpose_state_layout=True),
+    "grouped-heads": dict(shape=(2, 100, 2, 8, D)),
+    "negative-eigenvalues": dict(allow_neg_eigval=True),
+    "no-states": dict(initial_state=None, output_final_state=False),
+    "pack": dict(cu_seqlens=zeros(2, dtype=torch.int64)),
+    "pack-int32": dict(cu_seqlens=zeros(2, dtype=torch.int32)),
+    "strided-A_log": dict(A_log=lambda: torch.empty_strided((H,), (2,), device="cuda")),
+    "chunk-size-32": dict(chunk_size=32),
+    "disable-recompute": dict(disable_recompute=True),
+}
+
+
+@pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN)
+def test_takes(fla, changes):
+    fla.module.register()
+    arguments = call(**changes)
+    with torch.inference_mode():
+        assert fla.chunk_kda(**arguments) == "kernel"
+    assert len(fla.taken) == 1 and fla.taken[0].keys() == arguments.keys()
+    for name, value in arguments.items():
+        assert fla.taken[0][name] is value
+
+
+HANDED_BACK = {
+    "context-parallel": (dict(cp_context=object()), "cp_context: context parallelism is not supported"),
+    "intermediate-states": (
+        dict(return_intermediate_states=True),
+        "return_intermediate_states: states inside a sequence are not kept",
+    ),
+    "use-graph": (dict(use_graph=True), "use_graph: padding behind the last sequence is not supported"),
+    "unknown": (dict(later=1, another=2), "unknown arguments: another, later"),
+    "lower-bound": (dict(lower_bound=-10.0), "lower_bound: -10.0 is outside [-5, 0]"),
+    "head-dim": (dict(shape=(1, 100, H, H, 64)), "K and V are not both 128"),
+    "value-dim": (dict(v=zeros(1, 100, H, 256, dtype=torch.bfloat16)), "K and V are not both 128"),
+    "fp32": (dict(dtype=torch.float32), "q, k and v are not all bfloat16"),
+    "fp16": (dict(dtype=torch.float16), "q, k and v are not all bfloat16"),
+    "fp16-g": (dict(g=zeros(1, 100, H, D, dtype=torch.float16)), "g or beta is neither bfloat16 nor float32"),
+    "cpu": (dict(device="cpu"), "q is not a tensor on a CUDA device"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), HANDED_BACK.values(), ids=HANDED_BACK)
+def test_hands_back(fla, caplog, changes, reason):
+    fla.module.register()
+    with caplog.at_level(logging.INFO), torch.inference_mode():
+        assert fla.chunk_kda(**call(**changes)) == "fla"
+    assert not fla.taken
+    ours = [record.getMessage() for record in caplog.records if record.name == "hf_layer.fla"]
+    assert ours == [f"[FLA Backend] kda.chunk_kda rejected: {reason}"]
+    theirs = [record.getMessage() for record in caplog.records if record.name == "fla.backends"]
+    assert any(line.endswith(f"flashkda rejected: {reason}") for line in theirs)
+
+
+def test_hands_back_training(fla):
+    fla.module.register()
+    arguments = call(grad=True)
+    assert fla.chunk_kda(**arguments) == "fla"
+    assert fla.chunk_kda(**call()) == "kernel"  # gradients are on, but none is asked for
+    with torch.no_grad():
+        assert fla.chunk_kda(**arguments) == "kernel"
+
+
+def test_a_gate_parameter_that_does_not_act_is_no_training(fla):
+    fla.module.register()
+    A_log = torch.zeros(H, device="cuda", requires_grad=True)
+    assert fla.chunk_kda(**call(A_log=A_log)) == "fla"
+    assert fla.chunk_kda(**call(A_log=A_log, use_gate_in_kernel=False)) == "kernel"
+
+
+def test_hands_back_old_gpus(fla, monkeypatch):
+    monkeypatch.setattr(api, "_sm_major", lambda device: 7)
+    fla.module.register()
+    with torch.inference_mode():
+        assert fla.chunk_kda(**call()) == "fla"
+
+
+def test_without_a_kernel_everything_goes_back(fla, caplog):
+    fla.load = KernelLoad(None, None, "no CUDA device")
+    assert fla.module.register() is fla.load
+    with caplog.at_level(logging.INFO, logger="hf_layer.fla"), torch.inference_mode():
+        assert fla.chunk_kda(**call()) == "fla"
+    assert caplog.messages[0] == "[FLA Backend] kda.chunk_kda rejected: no kernel: no CUDA device"
+
+
+def test_positional_arguments(fla):
+    fla.module.register()
+    x = call()
+    with torch.inference_mode():
+        assert (
+            fla.chunk_kda(x["q"], x["k"], x["v"], x["g"], x["beta"], 0.5, x["initial_state"], True)
+            == "kernel"
+        )
+    assert fla.taken[0]["scale"] == 0.5 and fla.taken[0]["initial_state"] is x["initial_state"]
+
+
+def test_environment_variable_turns_it_off_at_any_time(fla, monkeypatch):
+    fla.module.register()
+    with torch.inference_mode():
+        for value, answer in (("0", "fla"), ("1", "kernel")):
+            monkeypatch.setenv("FLA_FLASH_KDA", value)
+            assert fla.chunk_kda(**call()) == answer
+
+
+def test_unregister_and_register_again(fla):
+    fla.module.unregister()  # harmless before
+    with torch.inference_mode():
+        assert fla.chunk_kda(**call()) == "fla"
+        for answer, change in (("kernel", fla.module.register), ("fla", fla.module.unregister)):
+            change()
+            assert fla.chunk_kda(**call()) == answer
+        fla.module.register()
+        assert fla.module.register() is fla.load
+        assert fla.chunk_kda(**call()) == "kernel"
+    assert len(fla.taken) == 2
+
+
+def test_each_line_is_logged_once(fla, caplog):
+    fla.module.register()
+    with caplog.at_level(logging.INFO, logger="hf_layer.fla"), torch.inference_mode():
+        for _ in range(2):
+            fla.chunk_kda(**call())
+            fla.chunk_kda(**call(use_graph=True))
+            fla.chunk_kda(**call(lower_bound=-10.0))
+    ours = [record.getMessage() for record in caplog.records if record.name == "hf_layer.fla"]
+    assert ours == [
+        "[FLA Backend] kda.chunk_kda -> flashkda",
+        "[FLA Backend] kda.chunk_kda rejected: use_graph: padding behind the last sequence is not supported",
+        "[FLA Backend] kda.chunk_kda rejected: lower_bound: -10.0 is outside [-5, 0]",
+    ]
+
+
+def test_a_warning_where_fla_asks_no_backend(fla, monkeypatch, caplog):
+    monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1")
+    fla.module.register()
+    assert [record.levelname for record in caplog.records if record.name == "hf_layer.fla"] == ["WARNING"]
+    assert "FLA_DISABLE_BACKEND_DISPATCH" in caplog.text
+
+
+def test_the_kernel_s_errors_are_not_swallowed(fla):
+    def kernel(*args, **kwargs):
+        raise RuntimeError("k: expected shape")
+
+    fla.load = KernelLoad(SimpleNamespace(chunk_kda=kernel), "a test", None)
+    fla.module.register()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="k: expected shape"):
+        fla.chunk_kda(**call())
+
+
+@needs_fla
+def test_fla_s_signature_and_priority_are_what_we_think():
+    """Arguments of FLA's function that the verifier does not know would make every call go back."""
+    from fla.ops.kda import chunk_kda
+    from fla.ops.kda.backends.flash_kda import FlashKDABackend
+
+    from hf_layer.fla import Backend
+
+    theirs = inspect.signature(inspect.unwrap(chunk_kda)).parameters
+    ours = inspect.signature(Backend.chunk_kda_verifier).parameters
+    kernel = inspect.signature(api.chunk_kda).parameters
+    names = [name for name, parameter in theirs.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[1 : len(names) + 1] == names == list(kernel)[: len(names)]
+    for name in names:
+        assert theirs[name].default == ours[name].default == kernel[name].default, name
+    assert Backend.priority < FlashKDABackend.priority
+    assert Backend.env_var == FlashKDABackend.env_var
