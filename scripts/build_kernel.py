@@ -25,6 +25,7 @@ from kernel_build.commands import MANYLINUX, PYTHON_ABI, Plan
 from kernel_build.config import Project, open_project, select_archs
 from kernel_build.steps import Step
 from kernel_build.toolchain import Toolchain, find_toolchain, variant_name
+from kernel_build.toolkits import nvcc_of, parse_variant
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK_FOLDERS = (".objects", "logs")
@@ -36,6 +37,11 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--archs", metavar="LIST", help="architectures, e.g. 8.0,9.0; or native (default: build.toml's)"
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="for another CUDA release, e.g. cu132 (default: the first nvcc found)",
     )
     parser.add_argument("--debug", action="store_true", help="keep line information and symbols")
     parser.add_argument("--clean", action="store_true", help="remove objects, logs and the variant first")
@@ -164,7 +170,8 @@ def build(arguments: argparse.Namespace, console) -> Path:
     started = time.monotonic()
     project = open_project(arguments.root)
     asked = select_archs(project, arguments.archs)
-    toolchain = find_toolchain(project)
+    nvcc = nvcc_of(parse_variant(project, arguments.variant), ROOT) if arguments.variant else None
+    toolchain = find_toolchain(project, nvcc)
     archs = pick_archs(project, toolchain, asked, say)
     all_archs = [arch for arch in project.capabilities if any(arch in picked for picked in archs.values())]
     kernel_id = project.kernel_id(all_archs, arguments.debug)

@@ -111,7 +111,7 @@ class Plan:
             *map(str, objects),
             f"-Wl,--version-script={exports}", "-Wl,--gc-sections", "-Wl,--build-id=none",
             f"-L{self.toolchain.torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed",
-            f"-L{self.toolchain.cuda_home / 'lib64'}", "-lcudart",
+            str(self.toolchain.cudart),
         ]  # fmt: skip
         if not self.debug:
             command.append("-s")
@@ -129,7 +129,10 @@ class Plan:
         path = self.project.root / source
         if source.endswith(".cu"):
             threads = max(1, min(self.jobs, len(self.archs[section.name])))
-            return self._step(source, self._nvcc(section), path, extra=("--threads", str(threads)))
+            # nvcc gives what is local to a file a name with the hash of the file's absolute path; with this
+            # path instead, the same source makes the same object in every folder.
+            name = ["-Xcudafe", f"--orig_src_path_name=/{self.project.name}/{source}"]
+            return self._step(source, self._nvcc(section) + name, path, extra=("--threads", str(threads)))
         return self._step(source, self._cxx(self._flags(section) + list(section.cxx_flags)), path)
 
     def _step(self, name: str, command: list[str], source: Path, extra: tuple[str, ...] = ()) -> Step:

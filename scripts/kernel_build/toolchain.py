@@ -31,6 +31,15 @@ class Toolchain:
     cutlass_include: Path | None
     description: str
 
+    @property
+    def cudart(self) -> Path:
+        """The CUDA runtime library. Toolkits made of wheels have it in lib/ and under its full name alone."""
+        name = f"libcudart.so.{self.cuda_version[0]}"
+        found = [path for folder in ("lib64", "lib") if (path := self.cuda_home / folder / name).is_file()]
+        if not found:
+            raise BuildError(f"no CUDA runtime: {self.cuda_home} has no lib64/{name} or lib/{name}")
+        return found[0]
+
     def knows(self, capability: str) -> bool:
         """Whether nvcc has the target sm_XY of a capability X.Y; 9.0a is taken to come with 9.0."""
         return "sm_" + base_capability(capability).replace(".", "") in self.gpu_codes
@@ -56,13 +65,13 @@ def find_nvcc() -> Path:
     )
 
 
-def find_toolchain(project: Project) -> Toolchain:
-    """Everything that compiling `project` needs.
+def find_toolchain(project: Project, nvcc: Path | None = None) -> Toolchain:
+    """Everything that compiling `project` needs, with this `nvcc` or the first one found.
 
     Raises:
         BuildError: a part is missing, does not run, or is too old for the stable ABI version asked for.
     """
-    nvcc = find_nvcc()
+    nvcc = nvcc or find_nvcc()
     banner = _output(nvcc, "--version")
     release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", banner)
     if release is None:

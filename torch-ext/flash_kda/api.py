@@ -196,11 +196,13 @@ def chunk_kda(
 
     q, k, v, g = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g))
     if A_log is not None:
-        A_log = A_log.float()
+        A_log = A_log.float().contiguous()
     if dt_bias is not None:
-        dt_bias = dt_bias.float()
+        dt_bias = dt_bias.float().contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
     if out is None:
         out = v.new_empty(v.shape)
     final_state = None
