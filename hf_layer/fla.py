@@ -28,7 +28,7 @@ import torch
 from fla.backends import BaseBackend
 from fla.backends import register as add_backend
 
-from .api import _reference_reason
+from .api import reference_reason
 from .loading import KernelLoad, load_kernel
 from .reference import LOWER_BOUND_MIN
 
@@ -113,7 +113,7 @@ class Backend(BaseBackend):
         elif lower_bound is not None and not LOWER_BOUND_MIN <= lower_bound <= 0.0:
             reason = f"lower_bound: {lower_bound} is outside [-5, 0]"
         else:
-            reason = _reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state)
+            reason = reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state)
         line = TAKEN if reason is None else f"rejected: {reason}"
         if line not in self.said:
             self.said.add(line)

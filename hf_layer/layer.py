@@ -23,8 +23,9 @@ GATES = ("softplus", "lower_bound")
 
 
 def kernel_for(x: torch.Tensor) -> ModuleType | None:
-    """The kernel package that works on x's device, or None."""
-    return load_kernel().module if x.is_cuda else None
+    """The kernel package for inputs like x [B, T, H, K], or None. CPU tensors have one where no GPU is."""
+    on_cpu = x.device.type == "cpu" and x.shape[-1] == 128 and not torch.cuda.is_available()
+    return load_kernel().module if x.is_cuda or on_cpu else None
 
 
 class ForgetGate(nn.Module):
@@ -216,15 +217,16 @@ class KimiDeltaAttention(nn.Module):
 
     def delta_rule_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """One line: what runs the delta rule of inputs on `device` in `dtype` (without grad), and why."""
-        if device.type != "cuda":
+        on_cpu = device.type == "cpu" and not torch.cuda.is_available()
+        if device.type != "cuda" and not on_cpu:
             return f"reference: input on {device.type}"
         load = load_kernel()
         if load.module is None:
             return load.status
-        if dtype != torch.bfloat16 or self.head_dim != 128:
-            return (
-                f"reference: the kernel serves bfloat16 with head_dim 128, got {dtype} with {self.head_dim}"
-            )
+        dtypes = (torch.bfloat16, torch.float32) if on_cpu else (torch.bfloat16,)
+        if dtype not in dtypes or self.head_dim != 128:
+            names = " and ".join(str(served).removeprefix("torch.") for served in dtypes)
+            return f"reference: the kernel serves {names} with head_dim 128, got {dtype} with {self.head_dim}"
         return load.status
 
     def _delta_rule(self, q, k, v, g, beta, state, output_final_state, cu_seqlens):

@@ -6,7 +6,8 @@ Three places are looked at, and the first that exists decides:
 2. the `build/` folder of the source checkout that this file belongs to (`scripts/build_kernel.py` fills it);
 3. the Hub, through `kernels.get_kernel`.
 
-The last two need a CUDA device: a machine without one gets no kernel, a reason, and no network traffic.
+On a machine without a CUDA device the second is the CPU's variant, if the checkout has one built, and the
+Hub is not asked: without either there is no kernel, a reason, and no network traffic.
 Nothing is imported, opened or asked for before `load_kernel` is called.
 """
 
@@ -93,10 +94,11 @@ def _load(
     repo_id: str, version: int | None, revision: str | None, trust: bool | tuple[str, ...], local_kernels: str
 ) -> KernelLoad:
     overridden = any(entry.partition("=")[0] == repo_id for entry in local_kernels.split(":"))
-    if not overridden and not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    checkout = checkout_with_build()
+    if not (overridden or gpu or checkout):
         return KernelLoad(None, None, "no CUDA device")
 
-    checkout = checkout_with_build()
     if overridden:
         source = "LOCAL_KERNELS"
     elif checkout is not None:
@@ -111,7 +113,7 @@ def _load(
             trusted = list(trust) if isinstance(trust, tuple) else trust
             module = get_kernel(repo_id, version=version, revision=revision, trust_remote_code=trusted)
         else:
-            module = get_local_kernel(checkout)
+            module = get_local_kernel(checkout, backend=None if gpu else "cpu")
     except Exception as error:  # whatever a download, a resolver or the dynamic linker throws is the reason
         load = KernelLoad(None, source, _one_line(source, error, trust))
     else:
@@ -121,9 +123,11 @@ def _load(
 
 
 def checkout_with_build() -> Path | None:
-    """Root of the source checkout this package runs from, if it holds a built variant; else None."""
+    """Root of the source checkout this package runs from, if it holds a built variant for this machine (for
+    GPUs where there is one, else for CPUs); else None."""
     root = Path(__file__).resolve().parent.parent
-    if (root / "build.toml").is_file() and any(root.glob("build/*/metadata.json")):
+    for_cpu = ["cpu" in path.parent.name.split("-") for path in root.glob("build/*/metadata.json")]
+    if (root / "build.toml").is_file() and (not torch.cuda.is_available()) in for_cpu:
         return root
     return None
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from .loading import load_kernel
 
+device_type = "cuda"  # whose bfloat16 tensors are sent here rather than to a reference that is slow on a GPU
+
 
 def kda_prefill(*args) -> None:
     """Raises RuntimeError with the reason why no kernel could be loaded."""

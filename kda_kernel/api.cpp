@@ -1,40 +1,15 @@
 #include "api.h"
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <cmath>
 
+#include "backend.h"
 #include "checks.h"
 #include "params.h"
-#include "prefill/launch.h"
 
 namespace kda {
 namespace {
 
-constexpr int kMinComputeCapability = 8;
 constexpr double kMinLowerBound = -5.0;
-
-void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "flash-kda: ", what, ": ", cudaGetErrorString(error));
-}
-
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// As 10 * major + minor.
-int compute_capability(int32_t device) {
-  int major = 0, minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device query");
-  STD_TORCH_CHECK(major >= kMinComputeCapability, "q: expected a GPU of compute capability 8.0 or newer, got cuda:", device,
-                  " with ", major, ".", minor);
-  return 10 * major + minor;
-}
 
 FloatKind float_kind(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float ? FloatKind::kFloat32 : FloatKind::kBFloat16;
@@ -70,7 +45,6 @@ Sizes check_token_tensors(const Tensor& q, const Tensor& k, const Tensor& v, con
                           const Tensor& out, const std::optional<Tensor>& cu_seqlens) {
   STD_TORCH_CHECK(q.dim() == 4, "q: expected shape [B, T, H, 128], got ", bracketed(q.sizes()));
   STD_TORCH_CHECK(v.dim() == 4, "v: expected shape [B, T, HV, 128], got ", bracketed(v.sizes()));
-  STD_TORCH_CHECK(q.is_cuda(), "q: expected a CUDA tensor, got one on another device type");
   const int32_t device = q.get_device_index();
   Sizes s{.B = q.size(0), .T = q.size(1), .H = q.size(2), .HV = v.size(2), .N = q.size(0)};
   STD_TORCH_CHECK(q.size(3) == kHeadDim, "q: expected K = 128, got K = ", q.size(3));
@@ -87,8 +61,8 @@ Sizes check_token_tensors(const Tensor& q, const Tensor& k, const Tensor& v, con
     const char* name;
     bool fp32_allowed;
   };
-  for (const Named& x : {Named{q, "q", false}, {k, "k", false}, {v, "v", false}, {g, "g", true}, {beta, "beta", true},
-                         {out, "out", false}}) {
+  for (const Named& x : {Named{q, "q", kServesCpu}, {k, "k", kServesCpu}, {v, "v", kServesCpu}, {g, "g", true},
+                         {beta, "beta", true}, {out, "out", kServesCpu}}) {
     check_device(x.tensor, x.name, device);
     if (x.fp32_allowed) {
       check_dtype(x.tensor, x.name, {ScalarType::BFloat16, ScalarType::Float});
@@ -97,6 +71,8 @@ Sizes check_token_tensors(const Tensor& q, const Tensor& k, const Tensor& v, con
     }
     if (x.tensor.dim() == 4) check_last_dim_contiguous(x.tensor, x.name);
   }
+  STD_TORCH_CHECK(out.scalar_type() == v.scalar_type(), "out: expected the dtype of v, ", dtype_name(v.scalar_type()),
+                  ", got ", dtype_name(out.scalar_type()));
   check_no_overlap(out, "out");
   if (cu_seqlens) {
     check_device(*cu_seqlens, "cu_seqlens", device);
@@ -147,7 +123,6 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
   using namespace kda;
   const Sizes sizes = check_token_tensors(q, k, v, g, beta, out, cu_seqlens);
   const int32_t device = q.get_device_index();
-  const int capability = compute_capability(device);
   check_gate(A_log, dt_bias, lower_bound, use_gate_in_kernel, sizes.HV, device);
   check_state(initial_state, "initial_state", state_v_first, sizes.N, sizes.HV, device);
   check_state(final_state, "final_state", state_v_first, sizes.N, sizes.HV, device);
@@ -170,6 +145,9 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
       .g = token_tensor(g),
       .beta = token_tensor(beta),
       .out = token_tensor(out),
+      .q_dtype = float_kind(q),
+      .k_dtype = float_kind(k),
+      .v_dtype = float_kind(v),
       .g_dtype = float_kind(g),
       .beta_dtype = float_kind(beta),
       .A_log = A_log ? static_cast<const float*>(A_log->data_ptr()) : nullptr,
@@ -190,10 +168,5 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
       .neg_eigval = allow_neg_eigval,
       .inputs_aligned = rows_aligned(q) && rows_aligned(k) && rows_aligned(v) && rows_aligned(g),
       .out_aligned = rows_aligned(out)};
-
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const bool hopper = capability == 90 && !portable;
-  const auto launch = hopper ? launch_prefill_sm90 : launch_prefill_portable;
-  check_cuda(launch(params, current_stream(device)), hopper ? "launch of the SM90a prefill kernel"
-                                                            : "launch of the portable prefill kernel");
+  run_prefill(params, device, portable);
 }

@@ -10,6 +10,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "backend.h"
+
 namespace kda {
 
 using torch::headeronly::ScalarType;
@@ -51,6 +53,10 @@ inline void check_shape(const Tensor& x, const char* name, const char* meaning, 
 }
 
 inline void check_device(const Tensor& x, const char* name, int32_t device) {
+  if constexpr (kServesCpu) {
+    STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor, got one on another device type");
+    return;
+  }
   STD_TORCH_CHECK(x.is_cuda(), name, ": expected a CUDA tensor, got one on another device type");
   STD_TORCH_CHECK(x.get_device_index() == device, name, ": expected device cuda:", device, " as q, got cuda:",
                   static_cast<int>(x.get_device_index()));

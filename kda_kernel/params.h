@@ -35,12 +35,15 @@ struct SequenceBounds {
 };
 
 struct PrefillParams {
-  TokenTensor q;     // [B, T, H, K] bf16
-  TokenTensor k;     // [B, T, H, K] bf16
-  TokenTensor v;     // [B, T, HV, V] bf16
-  TokenTensor g;     // [B, T, HV, K] bf16 or fp32
-  TokenTensor beta;  // [B, T, HV] bf16 or fp32
-  TokenTensor out;   // [B, T, HV, V] bf16, written
+  TokenTensor q;     // [B, T, H, K]
+  TokenTensor k;     // [B, T, H, K]
+  TokenTensor v;     // [B, T, HV, V]
+  TokenTensor g;     // [B, T, HV, K]
+  TokenTensor beta;  // [B, T, HV]
+  TokenTensor out;   // [B, T, HV, V], written
+  FloatKind q_dtype;  // those of q, k and v are bf16 on a GPU
+  FloatKind k_dtype;
+  FloatKind v_dtype;  // and of out
   FloatKind g_dtype;
   FloatKind beta_dtype;
 

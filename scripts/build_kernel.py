@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Build the kernel package for this machine's torch and CUDA toolkit into build/<variant>/.
+"""Build the kernel package into build/<variant>/: for this machine's CUDA toolkit, and for CPUs.
 
-The folder is what kernel-builder makes of the same build.toml: `kernels.get_local_kernel` loads it from the
-repository root, and `LOCAL_KERNELS="org/flash-kda=<repository>"` puts it in the Hub's place. A torch without
-CUDA is enough to build, the GPU may be elsewhere.
+Without nvcc that is the CPU's variant alone. A folder is what kernel-builder makes of the same build.toml:
+`kernels.get_local_kernel` loads it from the repository root, and `LOCAL_KERNELS="org/flash-kda=<repository>"`
+puts it in the Hub's place. A torch without CUDA is enough to build, the GPU may be elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import os
+import platform
 import shutil
 import sys
 import time
@@ -22,9 +23,9 @@ from pathlib import Path
 from kernel_build import BuildError
 from kernel_build import variant as variants
 from kernel_build.commands import MANYLINUX, PYTHON_ABI, Plan
-from kernel_build.config import Project, open_project, select_archs
+from kernel_build.config import BACKENDS, Project, open_project, select_archs
 from kernel_build.steps import Step
-from kernel_build.toolchain import Toolchain, find_toolchain, variant_name
+from kernel_build.toolchain import Toolchain, find_nvcc, find_toolchain, variant_name
 from kernel_build.toolkits import nvcc_of, parse_variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,12 +40,18 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--archs", metavar="LIST", help="architectures, e.g. 8.0,9.0; or native (default: build.toml's)"
     )
     parser.add_argument(
+        "--backend",
+        choices=("all", *BACKENDS),
+        default="all",
+        help="what to build for (default: all that this machine has compilers for)",
+    )
+    parser.add_argument(
         "--variant",
         metavar="NAME",
         help="for another CUDA release, e.g. cu132 (default: the first nvcc found)",
     )
     parser.add_argument("--debug", action="store_true", help="keep line information and symbols")
-    parser.add_argument("--clean", action="store_true", help="remove objects, logs and the variant first")
+    parser.add_argument("--clean", action="store_true", help="remove the variant, its objects and logs first")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="parallel compilations"
     )
@@ -58,6 +65,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="only say whether a whole build of these sources is there"
     )
     arguments = parser.parse_args(words)
+    if arguments.backend == "cpu" and (arguments.archs or arguments.variant):
+        parser.error("--archs, --variant: expected --backend cuda with them, got cpu")
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected a number from 1 on, got {arguments.jobs}")
     arguments.root = arguments.root.resolve()
@@ -65,12 +74,37 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def check(project: Project, output: Path) -> bool:
-    """Print the state of every variant in `output`; True when one is a whole build of the present sources."""
-    statuses = [variants.check(project, path.parent) for path in sorted(output.glob("*/metadata.json"))]
-    for status in statuses or [variants.Status(False, f"{output} holds no variant")]:
+def pick_backends(project: Project, arguments: argparse.Namespace, say) -> list[str]:
+    """The backends to build for: the one asked for, else all of build.toml, but for CUDA without an nvcc.
+
+    Raises:
+        BuildError: build.toml has not what is asked for, or CUDA_HOME has no nvcc.
+    """
+    if arguments.backend != "all":
+        if arguments.backend not in project.backends:
+            known = ", ".join(project.backends)
+            raise BuildError(f"--backend: build.toml has {known}, got {arguments.backend}")
+        return [arguments.backend]
+    if arguments.variant or arguments.archs:
+        return ["cuda"]
+    if len(project.backends) > 1 and not os.environ.get("CUDA_HOME"):
+        try:
+            find_nvcc()
+        except BuildError as error:
+            say(f"note: for CPUs alone: {error}")
+            return [backend for backend in project.backends if backend != "cuda"]
+    return list(project.backends)
+
+
+def check(project: Project, output: Path, backends: list[str]) -> bool:
+    """Print the state of every variant in `output`; True when there is a whole build of the present sources
+    for each of `backends`."""
+    found = sorted(output.glob("*/metadata.json"))
+    statuses = {path.parent: variants.check(project, path.parent) for path in found}
+    for status in statuses.values() or [variants.Status(False, f"{output} holds no variant")]:
         print(status.reason)
-    return any(status.current for status in statuses)
+    current = {variants.backend_of(path) for path, status in statuses.items() if status.current}
+    return current >= set(backends)
 
 
 @contextlib.contextmanager
@@ -93,13 +127,15 @@ def exclusive(output: Path):
 
 
 def pick_archs(project: Project, toolchain: Toolchain, asked: list[str] | None, say) -> dict[str, list[str]]:
-    """Section name -> capabilities it is compiled for.
+    """CUDA section name -> capabilities it is compiled for.
 
     Raises:
         BuildError: nvcc does not know one that was asked for by name, or none of a section's.
     """
     picked = {}
     for section in project.sections:
+        if section.backend != "cuda":
+            continue
         archs = section.pick(asked) if asked else list(section.capabilities)
         unknown = [arch for arch in archs if not toolchain.knows(arch)]
         known = [arch for arch in archs if toolchain.knows(arch)]
@@ -161,27 +197,22 @@ def report_abi(extension: Path, say) -> None:
         say(f"ABI: {MANYLINUX}, abi3 {PYTHON_ABI}")
 
 
-def build(arguments: argparse.Namespace, console) -> Path:
+def build(project: Project, backend: str, arguments: argparse.Namespace, console, say) -> Path:
     """Build one variant and return its folder."""
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     started = time.monotonic()
-    project = open_project(arguments.root)
     asked = select_archs(project, arguments.archs)
     nvcc = nvcc_of(parse_variant(project, arguments.variant), ROOT) if arguments.variant else None
-    toolchain = find_toolchain(project, nvcc)
-    archs = pick_archs(project, toolchain, asked, say)
+    toolchain = find_toolchain(project, nvcc, backend)
+    archs = pick_archs(project, toolchain, asked, say) if backend == "cuda" else {}
     all_archs = [arch for arch in project.capabilities if any(arch in picked for picked in archs.values())]
     kernel_id = project.kernel_id(all_archs, arguments.debug)
     variant = arguments.output / variant_name(project, toolchain)
-    options = "-".join([*all_archs, *(["debug"] if arguments.debug else [])])
-    say(f"{variant.name} for {', '.join(all_archs)} with {toolchain.description}")
+    options = "-".join([*(all_archs or ["cpu"]), *(["debug"] if arguments.debug else [])])
+    say(f"{variant.name} for {', '.join(all_archs) or platform.machine()} with {toolchain.description}")
 
     with exclusive(arguments.output):
         if arguments.clean:
-            for folder in (*(arguments.output / name for name in WORK_FOLDERS), variant):
+            for folder in (*(arguments.output / name / variant.name for name in WORK_FOLDERS), variant):
                 shutil.rmtree(folder, ignore_errors=True)
         objects, logs = (arguments.output / name / variant.name / options for name in WORK_FOLDERS)
         plan = Plan(project, toolchain, archs, kernel_id, arguments.debug, arguments.jobs, objects, logs)
@@ -218,9 +249,17 @@ def main(words: list[str] | None = None) -> int:
             from rich.console import Console
         except ImportError as error:
             raise BuildError(f"{error.name} is not installed: pip install 'flash-kda[build]'") from error
+        console = Console()
+
+        def say(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        project = open_project(arguments.root)
+        backends = pick_backends(project, arguments, say)
         if arguments.check:
-            return 0 if check(open_project(arguments.root), arguments.output) else 1
-        build(arguments, Console())
+            return 0 if check(project, arguments.output, backends) else 1
+        for backend in backends:
+            build(project, backend, arguments, console, say)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,8 @@
 #
 #   flash_kda_env EXTRA     sets PYTHON to an interpreter with this project and its extra (of pyproject.toml) installed.
 #                           Makes .venv once; afterwards nothing is installed or asked for until pyproject.toml changes.
-#   flash_kda_build ARGS..  builds the kernel with PYTHON, if nvcc is there and no build of the present sources is.
+#   flash_kda_build ARGS..  builds the kernel with PYTHON, if a C++ compiler is there and no build of the present sources
+#                           is; without nvcc for CPUs alone, and then a failure is a note.
 #
 # FLASH_KDA_PYTHON    use this interpreter as it is and install nothing
 # FLASH_KDA_VENV      where the environment goes instead of .venv
@@ -74,8 +75,13 @@ flash_kda_build() {
   if [ "${FLASH_KDA_NO_BUILD:-0}" = 1 ]; then
     return
   fi
-  if ! { [ -x "${CUDA_HOME:+$CUDA_HOME/bin/nvcc}" ] || command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null; then
+  if ! command -v "${CXX:-g++}" >/dev/null; then
     return
   fi
-  "$PYTHON" "$builder" --check >/dev/null || "$PYTHON" "$builder" "$@"
+  if ! { [ -x "${CUDA_HOME:+$CUDA_HOME/bin/nvcc}" ] || command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null; then
+    set -- --backend cpu
+    "$PYTHON" "$builder" "$@" --check >/dev/null || "$PYTHON" "$builder" "$@" || echo "note: no kernel was built" >&2
+    return
+  fi
+  "$PYTHON" "$builder" "$@" --check >/dev/null || "$PYTHON" "$builder" "$@"
 }

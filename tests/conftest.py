@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from kernel_build.toolchain import find_toolchain, variant_name  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_BUILD = os.environ.get("FLASH_KDA_NO_BUILD") == "1"
+TORCH_BACKEND = "cpu" if torch.version.cuda is None else "cuda"  # what torch is made for
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,51 +28,90 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
-@pytest.fixture(scope="session")
-def toolchain():
-    """The compilers of this machine; skips where there are none, or FLASH_KDA_NO_BUILD=1 forbids them."""
+def compilers(backend: str):
     if NO_BUILD:
         pytest.skip("FLASH_KDA_NO_BUILD=1")
     try:
-        return find_toolchain(open_project(ROOT))
+        return find_toolchain(open_project(ROOT), backend=backend)
     except BuildError as error:
-        pytest.skip(f"can't compile here: {error}")
+        pytest.skip(f"can't compile for {backend} here: {error}")
 
 
 @pytest.fixture(scope="session")
-def variant_dir(request: pytest.FixtureRequest) -> Path:
-    """build/<variant>/ made from the present sources.
+def toolchain():
+    """The compilers of this machine; skips where there are none, or FLASH_KDA_NO_BUILD=1 forbids them."""
+    return compilers("cuda")
 
-    One that is there and current is used as it is. Otherwise it is built, for all architectures, if this
-    machine has the compilers; FLASH_KDA_NO_BUILD=1 forbids that, and then a variant that is missing or stale
-    is a failure.
+
+@pytest.fixture(scope="session")
+def cpu_toolchain():
+    """The same without CUDA's."""
+    return compilers("cpu")
+
+
+def built_variant(backend: str) -> Path:
+    """build/<variant>/ for "cuda" or "cpu", made from the present sources.
+
+    One that is there and current is used as it is. Otherwise it is built, for all architectures; the test is
+    skipped if this machine has not the compilers. FLASH_KDA_NO_BUILD=1 forbids to build, and then a variant
+    that is stale is a failure, and one that is missing too if torch is made for that backend.
     """
     project = open_project(ROOT)
     found = [path.parent for path in sorted((ROOT / "build").glob("*/metadata.json"))]
-    statuses = [variants.check(project, path) for path in found]
-    for path, status in zip(found, statuses, strict=True):
+    statuses = {path: variants.check(project, path) for path in found if variants.backend_of(path) == backend}
+    for path, status in statuses.items():
         if status.current:
             return path
     if NO_BUILD:
-        reasons = [status.reason for status in statuses] or [f"{ROOT / 'build'} holds no variant"]
+        if not statuses and backend != TORCH_BACKEND:
+            pytest.skip(f"FLASH_KDA_NO_BUILD=1, and there is no variant for {backend}")
+        reasons = [status.reason for status in statuses.values()] or [f"build/ holds none for {backend}"]
         pytest.fail(f"FLASH_KDA_NO_BUILD=1, but {'; '.join(reasons)}", pytrace=False)
-    name = variant_name(project, request.getfixturevalue("toolchain"))
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts/build_kernel.py"], capture_output=True, text=True
-    )
+    name = variant_name(project, compilers(backend))
+    command = [sys.executable, ROOT / "scripts/build_kernel.py", "--backend", backend]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return ROOT / "build" / name
 
 
-@contextlib.contextmanager
-def lazy_symbols():
-    """Load extensions with RTLD_LAZY: a torch without CUDA lacks functions that only a launch needs."""
+@pytest.fixture(scope="session")
+def cuda_variant_dir() -> Path:
+    """build/<variant>/ for GPUs; see built_variant."""
+    return built_variant("cuda")
+
+
+@pytest.fixture(scope="session")
+def cpu_variant_dir() -> Path:
+    """build/<variant>/ for CPUs; see built_variant."""
+    return built_variant("cpu")
+
+
+@pytest.fixture(scope="session")
+def variant_dir(request: pytest.FixtureRequest) -> Path:
+    """The variant for GPUs; for CPUs where that can't be made."""
+    try:
+        return request.getfixturevalue("cuda_variant_dir")
+    except pytest.skip.Exception:
+        return request.getfixturevalue("cpu_variant_dir")
+
+
+def load_lazily(variant: Path):
+    """A variant's package, whatever torch there is: with RTLD_LAZY, for a torch without CUDA lacks functions
+    that only a launch needs."""
+    from kernels import get_local_kernel
+
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)
     try:
-        yield
+        return get_local_kernel(variant)
     finally:
         sys.setdlopenflags(flags)
+
+
+@pytest.fixture(scope="session")
+def load_variant():
+    """`load_lazily`, for tests."""
+    return load_lazily
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +123,14 @@ def kernel_package(variant_dir: Path):
     """
     from kernels import get_local_kernel
 
-    if torch.version.cuda is not None:
+    if variants.backend_of(variant_dir) == TORCH_BACKEND:
         return get_local_kernel(ROOT)
-    with lazy_symbols():
-        return get_local_kernel(variant_dir)
+    return load_lazily(variant_dir)
+
+
+@pytest.fixture(scope="session")
+def cpu_package(cpu_variant_dir: Path):
+    """The kernel package's CPU variant, which every torch can load."""
+    from kernels import get_local_kernel
+
+    return get_local_kernel(ROOT, backend="cpu")

@@ -44,6 +44,12 @@ def api(kernel_package):
     return sys.modules[kernel_package.chunk_kda.__module__]
 
 
+@pytest.fixture
+def cuda_variant(api, monkeypatch):
+    """As in the package's variant for GPUs, which sends all CPU tensors to the reference."""
+    monkeypatch.setattr(api, "device_type", "cuda")
+
+
 def test_names(kernel_package):
     assert sorted(kernel_package.__all__) == ["chunk_kda", "fwd", "layers", "reference"]
     for name in kernel_package.__all__:
@@ -93,7 +99,7 @@ def test_unknown_keywords_are_refused(kernel_package, name):
     ],
     ids=lambda options: options["gate"],
 )
-def test_cpu_tensors_go_to_the_reference(kernel_package, options):
+def test_cpu_tensors_go_to_the_reference(kernel_package, cuda_variant, options):
     kwargs = make_inputs(B=1, T=70, H=2, **options)
     expected = kernel_package.reference.chunk_kda(**kwargs)
     out = torch.full_like(expected[0], torch.nan)
@@ -213,7 +219,7 @@ def fwd_inputs(**change):
     return {name: kwargs[name] for name in names} | dict(scale=1.0, out=torch.ones_like(kwargs["v"]))
 
 
-def test_fwd_refuses_cpu_tensors(kernel_package):
+def test_fwd_refuses_cpu_tensors(kernel_package, cuda_variant):
     kwargs = fwd_inputs()
     with pytest.raises(ValueError, match="^q: expected a CUDA tensor, got one on cpu"):
         kernel_package.fwd(**kwargs)
@@ -231,6 +237,7 @@ def fake_gpu(api, monkeypatch):
         return compiled(*args)
 
     monkeypatch.setattr(api, "kda_prefill", record)
+    monkeypatch.setattr(api, "device_type", "cuda")
     monkeypatch.setattr(api, "_sm_major", lambda device: 9)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield calls
@@ -284,7 +291,7 @@ def test_kernel_writes_into_out(kernel_package, fake_gpu):
 
 def test_convolution_layout_is_copied_once(kernel_package, api, monkeypatch):
     calls = []
-    monkeypatch.setattr(api, "_reference_reason", lambda *inputs: None)
+    monkeypatch.setattr(api, "reference_reason", lambda *inputs: None)
     monkeypatch.setattr(api, "kda_prefill", lambda *args: calls.append(args))
     kwargs = make_inputs("zero", 1, 20, 2)
     strided = {name: conv_layout(kwargs[name]) for name in ("q", "k", "v")}
@@ -304,7 +311,7 @@ def test_kernel_call_compiles_to_one_graph(kernel_package, api, monkeypatch):
         graphs.append(graph)
         return lambda *inputs: [torch.empty(0)] * len(graph.graph.output_node().args[0])
 
-    monkeypatch.setattr(api, "_reference_reason", lambda *inputs: None)
+    monkeypatch.setattr(api, "reference_reason", lambda *inputs: None)
     kwargs = make_inputs("softplus-init", 1, 20, 2, cu_seqlens=[0, 5, 20], initial_state=True)
     torch._dynamo.reset()
     torch.compile(kernel_package.chunk_kda, backend=keep, fullgraph=True)(**kwargs)
@@ -360,15 +367,15 @@ def test_fwd_refuses_gradients(kernel_package, fake_gpu):
 def test_what_the_kernel_serves(api, fake_gpu, options, reason):
     kwargs = on_fake_gpu(make_inputs("softplus-init", 1, 20, 1, **options))
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
-    assert api._reference_reason(*(kwargs[name] for name in names)) == reason
+    assert api.reference_reason(*(kwargs[name] for name in names)) == reason
 
 
 def test_gradients_and_old_gpus_go_to_the_reference(api, fake_gpu, monkeypatch):
     tensors = [on_fake_gpu(make_inputs("zero", 1, 20, 1))[name] for name in ("q", "k", "v", "g", "beta")]
     for i in range(len(tensors)):
         leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate(tensors)]
-        assert api._reference_reason(*leaves, None, None, None) == "a gradient is required"
+        assert api.reference_reason(*leaves, None, None, None) == "a gradient is required"
         with torch.inference_mode():
-            assert api._reference_reason(*leaves, None, None, None) is None
+            assert api.reference_reason(*leaves, None, None, None) is None
     monkeypatch.setattr(api, "_sm_major", lambda device: 7)
-    assert api._reference_reason(*tensors, None, None, None) == "the GPU is older than SM80"
+    assert api.reference_reason(*tensors, None, None, None) == "the GPU is older than SM80"

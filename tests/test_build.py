@@ -72,6 +72,37 @@ __global__ void add_kernel(float* x) { x[threadIdx.x] += kOne; }
 void launch_add(float* x) { add_kernel<<<1, 32>>>(x); }
 """
 
+# The same with a kernel for CPUs beside the one for GPUs.
+STUB_TOML_BOTH = """
+[general]
+name = "stub-kernel"
+version = 3
+edition = 5
+license = "Apache-2.0"
+backends = ["cuda", "cpu"]
+
+[torch]
+include = ["src"]
+src = ["torch-ext/torch_binding.cpp", "src/add.h"]
+
+[torch.stable-abi]
+cuda = "2.11"
+cpu = "2.11"
+
+[kernel.add]
+backend = "cuda"
+depends = ["torch"]
+cuda-capabilities = ["8.0", "9.0"]
+include = ["src"]
+src = ["src/add.cu", "src/one.cuh"]
+
+[kernel.add_cpu]
+backend = "cpu"
+depends = ["torch"]
+include = ["src"]
+src = ["src/add.cpp"]
+"""
+
 STUB_FILES = {
     "build.toml": STUB_TOML,
     "torch-ext/torch_binding.cpp": STUB_BINDING,
@@ -111,12 +142,23 @@ def object_times(root: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in root.glob("build/.objects/*/*/*.o")}
 
 
+@pytest.fixture
+def stub_both(stub: Path) -> Path:
+    """A kernel repository with a tiny kernel for GPUs and one for CPUs."""
+    (stub / "build.toml").write_text(STUB_TOML_BOTH)
+    (stub / "src/add.cpp").write_text('#include "add.h"\nvoid launch_add(float* x) { ++*x; }\n')
+    binding = stub / "torch-ext/torch_binding.cpp"
+    key = "#if defined(CPU_KERNEL)\n#define KEY CPU\n#else\n#define KEY CUDA\n#endif\n"
+    binding.write_text(key + binding.read_text().replace("CUDA, ops", "KEY, ops"))
+    return stub
+
+
 # ----------------------------------------------------------------------------------------------------
 # build.toml
 
 
 def test_build_toml_is_valid():
-    assert Build.open(ROOT).general.backends == [Backend.CUDA]
+    assert Build.open(ROOT).general.backends == [Backend.CUDA, Backend.CPU]
     project = open_project(ROOT)
     assert (project.name, project.version, project.license) == ("flash-kda", 1, "Apache-2.0")
     assert project.stable_abi == (2, 11)
@@ -151,6 +193,8 @@ def test_build_toml_lists_every_source():
         ),
         ('"src/one.cuh"]', '"src/two.cuh"]', "source src/two.cuh does not exist"),
         ('[torch.stable-abi]\ncuda = "2.11"', "", "expected the backend"),
+        ('backends = ["cuda"]', 'backends = ["cuda", "cpu"]', "one version X.Y for both"),
+        ('cuda-capabilities = ["8.0", "9.0"]', "", "add: expected cuda-capabilities, got none"),
         ("[general]", "[general", "build.toml"),
     ],
     ids=[
@@ -161,6 +205,8 @@ def test_build_toml_lists_every_source():
         "capability",
         "missing source",
         "no stable ABI",
+        "no stable ABI for one backend",
+        "no capabilities",
         "syntax",
     ],
 )
@@ -261,6 +307,55 @@ def test_usage_error(stub, capsys):
 # stub
 
 
+def metadata_of(root: Path) -> dict[str, Metadata]:
+    """Metadata of every variant, by "cuda" or "cpu"."""
+    paths = list(root.glob("build/*/metadata.json"))
+    return {json.loads(path.read_text())["backend"]["type"]: Metadata.read_from_file(path) for path in paths}
+
+
+def test_a_variant_for_each_backend(stub_both, capsys, toolchain):
+    code, output, _ = run(stub_both, capsys=capsys)
+    assert code == 0 and output.count("built, ") == 2
+    names = {path.parent.name.split("-")[3] for path in stub_both.glob("build/*/metadata.json")}
+    assert names == {"cpu", "cu" + "".join(map(str, toolchain.cuda_version))}
+    found = metadata_of(stub_both)
+    assert re.fullmatch(r"_stub_kernel_cpu_[0-9a-f]{12}", found["cpu"].id)
+    assert found["cpu"].backend.archs is None
+    assert re.fullmatch(r"_stub_kernel_cuda_[0-9a-f]{12}", found["cuda"].id)
+
+    (stub_both / "src/add.cpp").write_text('#include "add.h"\nvoid launch_add(float* x) { *x += 2; }\n')
+    for backend, code in (("cuda", 0), ("cpu", 1), ("all", 1)):
+        assert build_kernel.main(["--root", str(stub_both), "--backend", backend, "--check"]) == code
+    code, output, _ = run(stub_both, "--backend", "cpu", capsys=capsys)
+    assert code == 0 and "2 of 3 objects compiled" in output
+    after = metadata_of(stub_both)
+    assert after["cpu"].id != found["cpu"].id and after["cuda"].id == found["cuda"].id
+
+
+def test_without_nvcc_the_cpu_alone(stub_both, capsys, monkeypatch, cpu_toolchain):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+
+    def no_nvcc():
+        raise BuildError("no nvcc: it rains")
+
+    monkeypatch.setattr(build_kernel, "find_nvcc", no_nvcc)
+    code, output, errors = run(stub_both, capsys=capsys)
+    assert code == 0, errors
+    assert "note: for CPUs alone: no nvcc: it rains" in output
+    assert list(metadata_of(stub_both)) == ["cpu"]
+    assert build_kernel.main(["--root", str(stub_both), "--check"]) == 0
+
+
+def test_a_backend_that_build_toml_has_not(stub, capsys):
+    assert "--backend: build.toml has cuda, got cpu" in refusal(stub, "--backend", "cpu", capsys=capsys)
+
+
+def test_architectures_are_for_cuda(stub_both, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        build_kernel.main(["--root", str(stub_both), "--backend", "cpu", "--archs", "9.0"])
+    assert "--archs, --variant: expected --backend cuda with them, got cpu" in capsys.readouterr().err
+
+
 def test_incremental_builds(stub, capsys, toolchain):
     """Only what a change reaches is made again; the variant always fits the sources."""
     code, output, _ = run(stub, "--archs", "9.0", capsys=capsys)
@@ -355,6 +450,12 @@ def test_depfile_with_blanks(tmp_path):
 # binary
 
 
+@pytest.fixture(scope="module", params=["cuda", "cpu"])
+def variant_dir(request) -> Path:
+    """Here both variants."""
+    return request.getfixturevalue(f"{request.param}_variant_dir")
+
+
 @pytest.fixture(scope="module")
 def extension(variant_dir) -> Path:
     (path,) = variant_dir.glob("*.abi3.so")
@@ -381,7 +482,7 @@ def embedded_code(binary: bytes) -> set[tuple[str, int]]:
 
 
 def test_machine_code_for_every_architecture(extension, variant_dir):
-    archs = Metadata.read_from_file(variant_dir / "metadata.json").backend.archs
+    archs = Metadata.read_from_file(variant_dir / "metadata.json").backend.archs or []
     assert embedded_code(extension.read_bytes()) == {
         ("sass", int(arch.rstrip("af").replace(".", ""))) for arch in archs
     }
@@ -439,9 +540,9 @@ def test_size_and_paths(extension, variant_dir):
     assert str(ROOT).encode() not in content and sys.prefix.encode() not in content
 
 
-def test_stamps_hold_hashes_of_system_headers(variant_dir, toolchain):
+def test_stamps_hold_hashes_of_system_headers(cuda_variant_dir, toolchain):
     """A new torch or CUTLASS recompiles: their headers are inputs of the objects."""
-    stamps = list((ROOT / "build/.objects").glob("*/*/*.o.json"))
+    stamps = list((ROOT / "build/.objects" / cuda_variant_dir.name).glob("*/*.o.json"))
     if not stamps:
         pytest.skip("the variant was not built in this checkout")
     inputs = {path for stamp in stamps for path in json.loads(stamp.read_text())["inputs"]}

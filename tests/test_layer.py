@@ -251,14 +251,18 @@ def stub_kernel(calls: list) -> types.ModuleType:
     return module
 
 
-def test_the_kernel_is_for_cuda_tensors(monkeypatch):
+@pytest.mark.parametrize("gpu", [False, True], ids=["no GPU", "GPU"])
+def test_what_the_kernel_is_for(gpu, monkeypatch):
+    """CUDA tensors; where there is no GPU also CPU tensors that the CPU's kernel serves."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kernel = stub_kernel([])
     monkeypatch.setattr(layer_module, "load_kernel", lambda: KernelLoad(kernel, "a test", None))
-    assert layer_module.kernel_for(torch.empty(1)) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert layer_module.kernel_for(torch.empty(1, 2, 3, 128)) is (None if gpu else kernel)
+    assert layer_module.kernel_for(torch.empty(1, 2, 3, 64)) is None
     with FakeTensorMode():
-        assert layer_module.kernel_for(torch.empty(1, device="cuda")) is kernel
+        assert layer_module.kernel_for(torch.empty(1, 2, 3, 128, device="cuda")) is kernel
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -307,8 +311,10 @@ def test_compiles_without_graph_breaks_once_the_kernel_is_loaded(kernel_package,
 
 def test_backend_line(monkeypatch):
     ours, small = KimiDeltaAttention(HIDDEN, HEADS), KimiDeltaAttention(HIDDEN, HEADS, head_dim=64)
-    cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    assert ours.delta_rule_backend(torch.device("cpu"), bf16) == "reference: input on cpu"
+    cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ours.delta_rule_backend(cpu, bf16) == "reference: input on cpu"
+    assert ours.delta_rule_backend(torch.device("meta"), bf16) == "reference: input on meta"
 
     monkeypatch.setattr(layer_module, "load_kernel", lambda: KernelLoad(None, None, "it rains"))
     assert ours.delta_rule_backend(cuda, bf16) == "reference: it rains"
@@ -318,6 +324,11 @@ def test_backend_line(monkeypatch):
     assert ours.delta_rule_backend(cuda, bf16) == line
     assert "got torch.float32" in ours.delta_rule_backend(cuda, torch.float32)
     assert "with 64" in small.delta_rule_backend(cuda, bf16)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ours.delta_rule_backend(cpu, bf16) == ours.delta_rule_backend(cpu, torch.float32) == line
+    line = ours.delta_rule_backend(cpu, torch.float64)
+    assert "bfloat16 and float32 with head_dim 128, got torch.float64" in line
 
 
 @torch.no_grad()

@@ -96,6 +96,8 @@ def test_import_and_a_machine_without_gpu_touch_nothing():
         import hf_layer, flash_kda
         assert "torch" not in sys.modules and "kernels" not in sys.modules
         import hf_layer.layer
+        from hf_layer import loading
+        loading.checkout_with_build = lambda: None
         print(hf_layer.kernel_status())
         print(callable(flash_kda.chunk_kda), flash_kda.reference.__name__)
         assert "kernels" not in sys.modules and "transformers" not in sys.modules
@@ -204,15 +206,43 @@ def test_the_checkout_comes_after_local_kernels_and_before_the_hub(gpu, hub, tmp
     assert len(hub) == 1  # kernels.get_kernel, which reads LOCAL_KERNELS itself
 
 
-def test_a_checkout_counts_once_something_is_built(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, gpu",
+    [
+        ("torch-cpu", False),
+        ("torch-stable-abi211-cpu-x86_64-linux", False),
+        ("torch-stable-abi211-cu130-x86_64-linux", True),
+    ],
+)
+def test_a_checkout_counts_once_something_is_built(name, gpu, tmp_path, monkeypatch):
+    """A variant for GPUs on a machine with one, a variant for CPUs on any other."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(loading, "__file__", str(tmp_path / "hf_layer" / "loading.py"))
     assert loading.checkout_with_build() is None
-    variant = write_variant(tmp_path / "build" / "torch-cpu", "")
+    variant = write_variant(tmp_path / "build" / name, "")
     assert loading.checkout_with_build() is None  # an installed package next to somebody's build/
     (tmp_path / "build.toml").touch()
     assert loading.checkout_with_build() == tmp_path
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not gpu)
+    assert loading.checkout_with_build() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     (variant / "metadata.json").unlink()
     assert loading.checkout_with_build() is None
+
+
+def test_without_a_gpu_the_checkout_gives_the_variant_for_cpus(hub, tmp_path, monkeypatch):
+    """Whatever torch is made for; and without one nobody is asked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "build.toml").touch()
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "hf_layer" / "loading.py"))
+    write_variant(tmp_path / "build" / "torch-cuda", "name = 'for GPUs'")
+    assert load_kernel().status == "reference: no CUDA device"
+    loading._loads.clear()
+    write_variant(tmp_path / "build" / "torch-cpu", "name = 'for CPUs'")
+    load = load_kernel()
+    assert load.module.name == "for CPUs"
+    assert load.status == "flash-kda kernel torch-cpu loaded from the checkout's build/"
+    assert hub == []
 
 
 def test_front_without_a_kernel(monkeypatch):

@@ -19,6 +19,7 @@ from kernel_build.variant import git_status
 from kernels._rust import Backend, Digest, DigestAlgorithm, DigestValidationError, Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCH_BACKEND = "cpu" if torch.version.cuda is None else "cuda"  # what torch is made for
 EXPORTS = ["chunk_kda", "fwd", "layers", "reference"]
 SCHEMA = (
     "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
@@ -27,6 +28,23 @@ SCHEMA = (
     "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
     "bool portable=False) -> ()"
 )
+
+
+@pytest.fixture(scope="module", params=["cuda", "cpu"])
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def variant_dir(request, backend) -> Path:
+    """Here both variants."""
+    return request.getfixturevalue(f"{backend}_variant_dir")
+
+
+@pytest.fixture(scope="module")
+def kernel_package(variant_dir, load_variant):
+    """The variant's package; a CUDA variant under a torch without CUDA for everything but a launch."""
+    return load_variant(variant_dir)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +65,9 @@ def load_in_new_process(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
-def test_variant_name(variant_dir):
-    assert re.fullmatch(r"torch-stable-abi211-cu\d\d\d-(x86_64|aarch64)-linux", variant_dir.name)
+def test_variant_name(variant_dir, backend):
+    computer = {"cuda": r"cu\d\d\d", "cpu": "cpu"}[backend]
+    assert re.fullmatch(rf"torch-stable-abi211-{computer}-(x86_64|aarch64)-linux", variant_dir.name)
 
 
 def test_layout(variant_dir, metadata):
@@ -66,14 +85,18 @@ def test_python_files_are_the_sources(variant_dir):
         assert built.read_bytes() == source.read_bytes()
 
 
-def test_metadata(metadata):
+def test_metadata(metadata, backend):
     assert str(metadata.name) == "flash-kda"
     assert metadata.version == 1
     assert metadata.license == "Apache-2.0"
     assert metadata.python_depends == []
-    assert metadata.backend.backend_type == Backend.CUDA
-    assert metadata.backend.archs and set(metadata.backend.archs) <= set(open_project(ROOT).capabilities)
-    assert re.fullmatch(r"_flash_kda_cuda_[0-9a-f]{12}(_debug)?", metadata.id) and metadata.id.isidentifier()
+    assert metadata.backend.backend_type == Backend.from_str(backend)
+    if backend == "cuda":
+        assert metadata.backend.archs and set(metadata.backend.archs) <= set(open_project(ROOT).capabilities)
+    else:
+        assert metadata.backend.archs is None
+    assert re.fullmatch(rf"_flash_kda_{backend}_[0-9a-f]{{12}}(_debug)?", metadata.id)
+    assert metadata.id.isidentifier()
 
 
 def test_digest_covers_every_file(variant_dir, metadata):
@@ -147,19 +170,25 @@ def test_operator_fake(kernel_package, metadata):
         assert getattr(torch.ops, metadata.id).kda_prefill(*inputs) is None
 
 
-def test_operator_refuses_cpu_tensors(kernel_package, metadata):
+def test_operator_serves_the_devices_of_its_variant(kernel_package, metadata, backend):
+    """CPU tensors are refused by the dispatcher, or reach our own checks."""
     tensor = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
     inputs = (*[tensor] * 5, None, None, None, None, tensor, None, 0.1, None, True, True, True, False, True)
-    with pytest.raises(NotImplementedError, match="CPU"):
+    error, message = {
+        "cuda": (NotImplementedError, "CPU"),
+        "cpu": (RuntimeError, r"beta: expected shape \[B, T, HV\]"),
+    }[backend]
+    with pytest.raises(error, match=message):
         getattr(torch.ops, metadata.id).kda_prefill(*inputs)
+    assert sys.modules[f"{metadata.id}.ops"].device_type == backend
 
 
 @pytest.mark.parametrize("folder", ["repository", "build", "variant"])
-def test_local_kernels_override(variant_dir, folder):
+def test_local_kernels_override(variant_dir, backend, folder):
     """LOCAL_KERNELS stands in for the Hub repository, without a network."""
     path = {"repository": ROOT, "build": ROOT / "build", "variant": variant_dir}[folder]
-    if torch.version.cuda is None and folder != "variant":
-        pytest.skip("kernels picks no CUDA variant for a torch without CUDA")
+    if backend != TORCH_BACKEND and folder != "variant":
+        pytest.skip(f"kernels picks the variant for {TORCH_BACKEND}")
     code = (
         "from kernels import get_kernel\n"
         "package = get_kernel('org/flash-kda', revision='v1', trust_remote_code=True)\n"
@@ -169,10 +198,13 @@ def test_local_kernels_override(variant_dir, folder):
     assert output == " ".join([str(variant_dir / "__init__.py"), *EXPORTS])
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA gets the variant")
-def test_no_variant_for_a_torch_without_cuda(variant_dir):
-    with pytest.raises(FileNotFoundError, match=r"backend \(cu\d+\) does not match selected backend \(cpu\)"):
-        kernels.get_local_kernel(ROOT)
+def test_every_torch_gets_its_variant(variant_dir, backend):
+    """From the repository's root: for GPUs with a torch that is made for them, for CPUs with every torch."""
+    if backend == "cpu" or TORCH_BACKEND == "cuda":
+        assert Path(kernels.get_local_kernel(ROOT, backend=backend).__file__).parent == variant_dir
+    else:
+        with pytest.raises(ValueError, match="Invalid backend 'cuda'"):
+            kernels.get_local_kernel(ROOT, backend=backend)
 
 
 def test_compatibility_shim(variant_dir, metadata):

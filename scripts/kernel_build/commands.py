@@ -86,14 +86,17 @@ class Plan:
                 path.write_text(text)
 
     @property
+    def backend(self) -> str:
+        return "cpu" if self.toolchain.nvcc is None else "cuda"
+
+    @property
     def generated(self) -> Path:
         return self.objects / "generated"
 
     def compile_steps(self) -> list[Step]:
         """One step per .cu and .cpp, the longest (CUDA) first."""
-        steps = [
-            self._compile(section, source) for section in self.project.sections for source in section.compiled
-        ]
+        sections = self.project.sections_of(self.backend)
+        steps = [self._compile(section, source) for section in sections for source in section.compiled]
         shim = self.generated / "manylinux.cpp"
         steps.append(self._step("manylinux.cpp", self._cxx([]), shim))
         return sorted(steps, key=lambda step: not step.name.endswith(".cu"))
@@ -111,8 +114,9 @@ class Plan:
             *map(str, objects),
             f"-Wl,--version-script={exports}", "-Wl,--gc-sections", "-Wl,--build-id=none",
             f"-L{self.toolchain.torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed",
-            str(self.toolchain.cudart),
         ]  # fmt: skip
+        if self.backend == "cuda":
+            command.append(str(self.toolchain.cudart))
         if not self.debug:
             command.append("-s")
         return Step(
@@ -155,8 +159,9 @@ class Plan:
             self.project.root: ".",
             self.generated: "generated",
             tools.torch_dir: "torch",
-            tools.cuda_home: "cuda",
         }
+        if tools.cuda_home is not None:
+            folders[tools.cuda_home] = "cuda"
         if tools.cutlass_include is not None:
             folders[tools.cutlass_include] = "cutlass"
         return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
@@ -164,11 +169,8 @@ class Plan:
     def _flags(self, section: Section) -> list[str]:
         """Definitions and include folders, the same for both compilers."""
         major, minor = self.project.stable_abi
-        flags = [
-            f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48):#x}ULL",
-            "-DUSE_CUDA=1",
-            "-DCUDA_KERNEL",
-        ]
+        flags = [f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48):#x}ULL"]
+        flags += ["-DUSE_CUDA=1", "-DCUDA_KERNEL"] if self.backend == "cuda" else ["-DCPU_KERNEL"]
         if section.name == "torch":  # the name changes with every source: keep it out of the CUDA objects
             python_abi = "0x{:02x}{:02x}0000".format(*map(int, PYTHON_ABI.split(".")))
             flags += [f"-DTORCH_EXTENSION_NAME={self.kernel_id}", f"-DPy_LIMITED_API={python_abi}"]
@@ -184,7 +186,10 @@ class Plan:
         command += ["-fvisibility=hidden", "-fno-gnu-unique", "-ffunction-sections", *self._prefix_maps]
         if self.debug:
             command.append("-g")
-        return [*command, *flags, "-isystem", str(self.toolchain.cuda_home / "include")]
+        command += flags
+        if self.toolchain.cuda_home is not None:
+            command += ["-isystem", str(self.toolchain.cuda_home / "include")]
+        return command
 
     def _nvcc(self, section: Section) -> list[str]:
         command = [str(self.toolchain.nvcc), "-ccbin", str(self.toolchain.host_compiler), "-std=c++17"]

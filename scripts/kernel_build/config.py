@@ -15,14 +15,16 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 COMPILED_SUFFIXES = (".cu", ".cpp")
+BACKENDS = ("cpu", "cuda")  # that the script builds, in this order
 _CAPABILITY = re.compile(r"(\d+)\.(\d)[af]?")
 
 
 @dataclass(frozen=True)
 class Section:
-    """One `[kernel.NAME]` table, or `[torch]` itself (name "torch", no capabilities)."""
+    """One `[kernel.NAME]` table, or `[torch]` itself (name "torch", no backend, no capabilities)."""
 
     name: str
+    backend: str | None
     sources: tuple[str, ...]
     include: tuple[str, ...]
     cxx_flags: tuple[str, ...]
@@ -51,10 +53,15 @@ class Project:
     name: str
     version: int
     license: str
-    python_depends: tuple[str, ...]
+    backends: tuple[str, ...]
+    python_depends: dict[str, tuple[str, ...]]
     data_extensions: tuple[str, ...]
     stable_abi: tuple[int, int]
     sections: tuple[Section, ...]
+
+    def sections_of(self, backend: str) -> list[Section]:
+        """What a variant for `backend` is compiled from: `[torch]` and the kernels of that backend."""
+        return [section for section in self.sections if section.backend in (None, backend)]
 
     @property
     def python_name(self) -> str:
@@ -77,18 +84,20 @@ class Project:
         """Name of the operator namespace: another for every state of the sources, scripts and options.
 
         A Python identifier in kernel-builder's form, `_<name>_<backend>_<hash>`; no absolute path, time or
-        compiler goes into the hash.
+        compiler goes into the hash. `archs` are those of a CUDA variant; without any it is the CPU's.
         """
+        backend = "cuda" if archs else "cpu"
         scripts = Path(__file__).resolve().parent
         builder = [("", path) for path in [scripts.parent / "build_kernel.py", *sorted(scripts.glob("*.py"))]]
-        sources = [(source, self.root / source) for section in self.sections for source in section.sources]
+        sections = self.sections_of(backend)
+        sources = [(source, self.root / source) for section in sections for source in section.sources]
         python = [(str(path.relative_to(self.root)), path) for path in self.python_files]
         digest = hashlib.sha256()
         for name, path in [("build.toml", self.root / "build.toml"), *sorted(sources), *python, *builder]:
             content = path.read_bytes()
             digest.update(f"{name or path.name}\0{len(content)}\0".encode() + content)
         digest.update(" ".join(archs).encode())
-        return f"_{self.python_name}_cuda_{digest.hexdigest()[:12]}" + ("_debug" if debug else "")
+        return f"_{self.python_name}_{backend}_{digest.hexdigest()[:12]}" + ("_debug" if debug else "")
 
 
 def base_capability(capability: str) -> str:
@@ -105,8 +114,9 @@ def open_project(root: Path) -> Project:
     """Read ROOT/build.toml.
 
     Raises:
-        BuildError: no build.toml, one that the `kernels` parser refuses, no CUDA stable ABI version, a
-            capability that is none, or a source file that is not there.
+        BuildError: no build.toml, one that the `kernels` parser refuses, no backend that is built here, no
+            stable ABI version or more than one, a capability that is none, or a source file that is not
+            there.
     """
     from kernels._rust import Build
 
@@ -121,21 +131,28 @@ def open_project(root: Path) -> Project:
     with path.open("rb") as file:
         table = tomllib.load(file)
     general, torch = table["general"], table.get("torch", {})
+    backends = tuple(backend for backend in BACKENDS if backend in general["backends"])
     stable_abi = torch.get("stable-abi", {})
-    stable_abi = stable_abi.get("cuda") if isinstance(stable_abi, dict) else stable_abi
-    if "cuda" not in general["backends"] or not stable_abi:
-        raise BuildError(f'{path}: expected the backend "cuda" and [torch.stable-abi] cuda = "X.Y"')
+    if isinstance(stable_abi, dict):
+        versions = {stable_abi.get(backend) for backend in backends}
+        stable_abi = versions.pop() if len(versions) == 1 else None
+    if not backends or not stable_abi:
+        raise BuildError(
+            f"{path}: expected the backend cuda or cpu, and in [torch.stable-abi] one version X.Y for both"
+        )
 
     sections = [_section("torch", torch)]
     sections += [
         _section(name, kernel)
         for name, kernel in table.get("kernel", {}).items()
-        if kernel["backend"] == "cuda"
+        if kernel["backend"] in backends
     ]
     for section in sections:
         for source in section.sources:
             if not (root / source).is_file():
                 raise BuildError(f"{path}: {section.name}: source {source} does not exist")
+        if section.backend == "cuda" and not section.capabilities:
+            raise BuildError(f"{path}: {section.name}: expected cuda-capabilities, got none")
         for capability in section.capabilities:
             if not _CAPABILITY.fullmatch(capability.removesuffix("+PTX")):
                 raise BuildError(
@@ -148,10 +165,14 @@ def open_project(root: Path) -> Project:
         name=general["name"],
         version=general["version"],
         license=general["license"],
-        python_depends=(
-            *general.get("python-depends", ()),
-            *general.get("cuda", {}).get("python-depends", ()),
-        ),
+        backends=backends,
+        python_depends={
+            backend: (
+                *general.get("python-depends", ()),
+                *general.get(backend, {}).get("python-depends", ()),
+            )
+            for backend in backends
+        },
         data_extensions=("py", *torch.get("pyext", ())),
         stable_abi=(major, minor),
         sections=tuple(sections),
@@ -161,6 +182,7 @@ def open_project(root: Path) -> Project:
 def _section(name: str, table: dict) -> Section:
     return Section(
         name=name,
+        backend=table.get("backend"),
         sources=tuple(table.get("src", ())),
         include=tuple(table.get("include", ())),
         cxx_flags=tuple(table.get("cxx-flags", ())),

@@ -19,12 +19,12 @@ from .config import Project, base_capability
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Where the tools are and which versions they have."""
+    """Where the tools are and which versions they have. Without nvcc it compiles the CPU's variant."""
 
-    nvcc: Path
+    nvcc: Path | None
     host_compiler: Path
-    cuda_home: Path
-    cuda_version: tuple[int, int]
+    cuda_home: Path | None
+    cuda_version: tuple[int, int] | None
     gpu_codes: frozenset[str]
     torch_dir: Path
     python_include: Path
@@ -65,21 +65,13 @@ def find_nvcc() -> Path:
     )
 
 
-def find_toolchain(project: Project, nvcc: Path | None = None) -> Toolchain:
-    """Everything that compiling `project` needs, with this `nvcc` or the first one found.
+def find_toolchain(project: Project, nvcc: Path | None = None, backend: str = "cuda") -> Toolchain:
+    """Everything that compiling `project` for `backend` needs, with this `nvcc` or the first one found.
 
     Raises:
         BuildError: a part is missing, does not run, or is too old for the stable ABI version asked for.
     """
-    nvcc = nvcc or find_nvcc()
-    banner = _output(nvcc, "--version")
-    release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", banner)
-    if release is None:
-        raise BuildError(f"{nvcc} --version names no release: {banner.strip()!r}")
-    # Through the compiler's own word: nvcc may be a script or a link that lies far from the toolkit.
-    top = re.search(r"^#\$ TOP=(.+)$", _output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
-    cuda_home = Path(top.group(1)).resolve() if top else nvcc.resolve().parent.parent
-
+    cuda = _find_cuda(nvcc or find_nvcc()) if backend == "cuda" else {}
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
         raise BuildError(
@@ -95,25 +87,44 @@ def find_toolchain(project: Project, nvcc: Path | None = None) -> Toolchain:
 
     torch_dir, torch_version = _find_torch(project)
     needs_cutlass = any(
-        name.startswith("cutlass") for section in project.sections for name in section.depends
+        name.startswith("cutlass") for section in project.sections_of(backend) for name in section.depends
     )
     return Toolchain(
-        nvcc=nvcc,
+        nvcc=cuda.get("nvcc"),
         host_compiler=Path(compiler),
-        cuda_home=cuda_home,
-        cuda_version=(int(release.group(1)), int(release.group(2))),
-        gpu_codes=frozenset(_output(nvcc, "--list-gpu-code").split()),
+        cuda_home=cuda.get("home"),
+        cuda_version=cuda.get("version"),
+        gpu_codes=cuda.get("gpu_codes", frozenset()),
         torch_dir=torch_dir,
         python_include=python_include,
         cutlass_include=_find_cutlass() if needs_cutlass else None,
-        description=f"nvcc {release.group(3)}, {compiler_version}, torch {torch_version}",
+        description=", ".join([*cuda.get("names", ()), compiler_version, f"torch {torch_version}"]),
     )
 
 
+def _find_cuda(nvcc: Path) -> dict:
+    """The toolkit around nvcc: its home, version, GPU targets and name."""
+    banner = _output(nvcc, "--version")
+    release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", banner)
+    if release is None:
+        raise BuildError(f"{nvcc} --version names no release: {banner.strip()!r}")
+    # Through the compiler's own word: nvcc may be a script or a link that lies far from the toolkit.
+    top = re.search(r"^#\$ TOP=(.+)$", _output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
+    return {
+        "nvcc": nvcc,
+        "home": Path(top.group(1)).resolve() if top else nvcc.resolve().parent.parent,
+        "version": (int(release.group(1)), int(release.group(2))),
+        "gpu_codes": frozenset(_output(nvcc, "--list-gpu-code").split()),
+        "names": [f"nvcc {release.group(3)}"],
+    }
+
+
 def variant_name(project: Project, toolchain: Toolchain) -> str:
-    """kernel-builder's name of the variant, e.g. torch-stable-abi211-cu130-x86_64-linux."""
-    abi, cuda = ("".join(map(str, version)) for version in (project.stable_abi, toolchain.cuda_version))
-    return f"torch-stable-abi{abi}-cu{cuda}-{platform.machine()}-{platform.system().lower()}"
+    """kernel-builder's name of the variant, e.g. torch-stable-abi211-cu130-x86_64-linux, or with cpu in the
+    CUDA version's place."""
+    abi, cuda = ("".join(map(str, version or ())) for version in (project.stable_abi, toolchain.cuda_version))
+    computer = f"cu{cuda}" if cuda else "cpu"
+    return f"torch-stable-abi{abi}-{computer}-{platform.machine()}-{platform.system().lower()}"
 
 
 def _output(*command: object) -> str:

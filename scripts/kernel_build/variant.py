@@ -76,7 +76,12 @@ def check(project: Project, variant: Path) -> Status:
         return Status(
             False, f"{variant} was built from other sources: it is {metadata.id}, the sources are {expected}"
         )
-    return Status(True, f"{variant} is {metadata.id} for {', '.join(metadata.backend.archs or [])}")
+    return Status(True, f"{variant} is {metadata.id} for {', '.join(metadata.backend.archs or ['the CPU'])}")
+
+
+def backend_of(variant: Path) -> str:
+    """"cuda" or "cpu", from a variant's metadata."""
+    return json.loads((variant / "metadata.json").read_text())["backend"]["type"]
 
 
 def install(
@@ -121,6 +126,7 @@ def install(
 def _metadata(project: Project, variant: Path, kernel_id: str, archs: list[str], builder: str) -> dict:
     from kernels._rust import Digest, DigestAlgorithm
 
+    backend = {"type": "cuda", "archs": archs} if archs else {"type": "cpu"}
     provenance: dict = {"kernel-builder": {"version": builder}}
     if (git := git_status(project.root)) is not None:
         provenance["kernel"] = git
@@ -130,9 +136,9 @@ def _metadata(project: Project, variant: Path, kernel_id: str, archs: list[str],
         "version": project.version,
         "kernels-minver": KERNELS_MINVER,
         "license": project.license,
-        "python-depends": list(project.python_depends),
+        "python-depends": list(project.python_depends[backend["type"]]),
         "kernel-depends": [],
-        "backend": {"type": "cuda", "archs": archs},
+        "backend": backend,
         "digest": {
             "algorithm": "sha256",
             "files": Digest.hash_variant(DigestAlgorithm.SHA256, variant).files,

@@ -1,4 +1,5 @@
-"""Kimi Delta Attention: a CUDA prefill kernel, and a PyTorch reference for all that the kernel does not serve.
+"""Kimi Delta Attention: a prefill kernel for GPUs and CPUs, and a PyTorch reference for all that it does not
+serve.
 
 chunk_kda   flash-linear-attention's call, by the kernel where it can, else by the reference
 fwd         the kernel itself, writing into tensors of the caller

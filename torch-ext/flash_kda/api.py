@@ -8,9 +8,10 @@ import warnings
 import torch
 
 from . import reference
-from .ops import kda_prefill
+from .ops import device_type, kda_prefill
 
 HEAD_DIM = 128
+QKV_DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.bfloat16, torch.float32)}
 MIN_SM_MAJOR = 8
 
 
@@ -29,7 +30,9 @@ def fwd(
     final_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """Kimi Delta Attention prefill on the GPU, written into `out` and `final_state`.
+    """Kimi Delta Attention prefill by the kernel, written into `out` and `final_state`.
+
+    The package has a variant for CUDA devices and one for CPUs, and serves tensors of its variant's kind.
 
     Raw inputs: q and k are L2-normalised here, g is the gate before its activation, beta the logit before its
     sigmoid. States are V-first. The formula is at the top of reference.py. The call does not synchronise and
@@ -37,12 +40,12 @@ def fwd(
     strides are free).
 
     Args:
-        q, k: bfloat16 [B, T, H, 128].
-        v: bfloat16 [B, T, HV, 128], HV a multiple of H.
+        q, k: bfloat16 [B, T, H, 128]; on a CPU float32, too.
+        v: bfloat16 [B, T, HV, 128], HV a multiple of H; on a CPU float32, too.
         g: bfloat16 or float32 [B, T, HV, 128].
         beta: bfloat16 or float32 [B, T, HV].
         scale: factor on q, usually 128 ** -0.5.
-        out: bfloat16 [B, T, HV, 128], written.
+        out: [B, T, HV, 128] in v's dtype, written.
         A_log: float32, HV elements; None is a rate of 1, allowed with a lower_bound only.
         dt_bias: float32, HV * 128 elements, [HV, 128] or flat, or None.
         lower_bound: in [-5, 0], log decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias));
@@ -52,17 +55,18 @@ def fwd(
         final_state: float32 or bfloat16 [N, HV, V, K], contiguous, in initial_state's dtype where both are
             given; written.
         cu_seqlens: int32 or int64 [N + 1], with B = 1: the N sequences packed along T. Must start at 0, never
-            decrease and end at T. This is checked on the device: if it does not hold, all of out and
-            final_state becomes NaN.
+            decrease and end at T. On a GPU this is checked on the device: if it does not hold, all of out
+            and final_state becomes NaN. On a CPU it raises.
 
     Raises:
-        ValueError: q is not on a CUDA device, or an input requires a gradient.
+        ValueError: q is not on a device of the variant's kind, or an input requires a gradient.
         RuntimeError: any other tensor or value is not as above, or the GPU is older than SM80. The message
             names the argument, what was expected and what came; nothing has been written.
     """
-    if not q.is_cuda:
+    if q.device.type != device_type:
         raise ValueError(
-            f"q: expected a CUDA tensor, got one on {q.device} (chunk_kda serves other devices too)"
+            f"q: expected a {device_type.upper()} tensor, got one on {q.device} "
+            "(chunk_kda serves other devices too)"
         )
     inputs = dict(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
     if _needs_grad(*inputs.values()):
@@ -108,8 +112,9 @@ def chunk_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Kimi Delta Attention with the signature of flash-linear-attention 0.6.0. Formula: top of reference.py.
 
-    The CUDA kernel serves bfloat16 q, k, v with K = V = 128 on SM80 and newer when no gradient is asked for;
-    all else runs in reference.py, on the tensors' own device. In the kernel, a q, k, v or g whose last
+    The CUDA kernel serves bfloat16 q, k, v with K = V = 128 on SM80 and newer when no gradient is asked for,
+    the kernel of the package's CPU variant the same in bfloat16 and float32 on CPUs; all else runs in
+    reference.py, on the tensors' own device. In the kernel, a q, k, v or g whose last
     dimension is not contiguous (transformers hands over the layout of its convolution) is copied once; other
     strides cost nothing.
 
@@ -136,8 +141,8 @@ def chunk_kda(
             as it is.)
         state_v_first: both states are [N, HV, V, K].
         cu_seqlens: int32 or int64 [N + 1], with B = 1: N sequences packed along T, from 0 to T without
-            decrease. The kernel checks this on the device: if it does not hold, o and final_state are NaN.
-            The reference raises.
+            decrease. The CUDA kernel checks this on the device: if it does not hold, o and final_state are
+            NaN. On a CPU, and by the reference, it raises.
         cu_seqlens_cpu: the same values on the host; spares the reference a synchronisation.
         max_num_seqs: means something with use_graph only.
         A_log: HV elements, required by the softplus gate.
@@ -184,7 +189,7 @@ def chunk_kda(
     if not use_gate_in_kernel:
         A_log = dt_bias = None
 
-    if _reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
+    if reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
         if out is not None:
             _check_out(out, v)
         o, final_state = reference.chunk_kda(
@@ -217,24 +222,27 @@ def chunk_kda(
     return out, final_state
 
 
-def _reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | None:
+def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | None:
     """None when the compiled kernel serves these inputs, else why the reference does, in a line.
 
     Also sends ill-shaped inputs to the reference, whose checks then name what is wrong with them.
     """
-    if not isinstance(q, torch.Tensor) or not q.is_cuda:
-        return "q is not a tensor on a CUDA device"
+    if not isinstance(q, torch.Tensor) or q.device.type != device_type:
+        return f"q is not a tensor on a {device_type.upper()} device"
+    if device_type == "cpu" and not all(isinstance(x, torch.Tensor) and x.is_cpu for x in (k, v, g, beta)):
+        return "k, v, g and beta are not all tensors on the CPU"
     if q.dim() != 4 or v.dim() != 4 or g.dim() != 4 or q.shape[3] != HEAD_DIM or v.shape[3] != HEAD_DIM:
         return f"K and V are not both {HEAD_DIM}"
-    if q.dtype != torch.bfloat16 or k.dtype != torch.bfloat16 or v.dtype != torch.bfloat16:
-        return "q, k and v are not all bfloat16"
+    dtypes = QKV_DTYPES[device_type]
+    if q.dtype not in dtypes or k.dtype not in dtypes or v.dtype not in dtypes:
+        return "q, k and v are not all bfloat16" + (" or float32" if torch.float32 in dtypes else "")
     if not (_is_bf16_or_fp32(g) and _is_bf16_or_fp32(beta)):
         return "g or beta is neither bfloat16 nor float32"
     if initial_state is not None and not _is_bf16_or_fp32(initial_state):
         return "initial_state is neither bfloat16 nor float32"
     if _needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state):
         return "a gradient is required"
-    if _sm_major(q.device) < MIN_SM_MAJOR:
+    if device_type == "cuda" and _sm_major(q.device) < MIN_SM_MAJOR:
         return f"the GPU is older than SM{MIN_SM_MAJOR}0"
     return None
 

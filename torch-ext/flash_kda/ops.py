@@ -8,6 +8,13 @@ from ._ops import add_op_namespace_prefix, ops
 
 kda_prefill = ops.kda_prefill.default  # the overload itself: no overload resolution on the host path
 
+# The devices that it was compiled for, "cuda" or "cpu": a variant of this package has one of the two.
+device_type = (
+    "cpu"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("kda_prefill"), "CPU")
+    else "cuda"
+)
+
 
 @torch.library.register_fake(add_op_namespace_prefix("kda_prefill"))
 def _kda_prefill_fake(

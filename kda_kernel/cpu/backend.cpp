@@ -1,0 +1,120 @@
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "backend.h"
+#include "cpu/launch.h"
+
+namespace kda::cpu {
+namespace {
+
+// The fastest build that this CPU runs, unless ATEN_CPU_CAPABILITY ("default", "avx2"), torch's own switch, forbids it.
+RunJob fastest_build() {
+#if defined(KDA_CPU_X86_BUILDS)
+  const char* value = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = value == nullptr ? "" : value;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && limit != "default";
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && limit != "avx2";
+  if (avx512) return run_avx512;
+  if (avx2) return run_avx2;
+#endif
+  return run_portable;
+}
+
+// Denormal numbers count as 0 while this lives: on x86 each of them costs about a hundred cycles, and a strong gate
+// makes many. They are below any rounding error of float32.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : control_(_mm_getcsr()) { _mm_setcsr(control_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(control_); }
+
+ private:
+  unsigned control_;
+#else
+  FlushDenormals() {}
+#endif
+};
+
+// Where the N sequences begin and end; raises where cu_seqlens do not go from 0 to T without a decrease.
+std::vector<int64_t> sequence_bounds(const PrefillParams& p) {
+  std::vector<int64_t> bounds(p.num_sequences + 1);
+  for (int64_t n = 0; n <= p.num_sequences; ++n) {
+    bounds[n] = p.cu_seqlens.is_int64 ? static_cast<const int64_t*>(p.cu_seqlens.data)[n]
+                                      : static_cast<const int32_t*>(p.cu_seqlens.data)[n];
+  }
+  STD_TORCH_CHECK(bounds[0] == 0, "cu_seqlens: expected to start at 0, got ", bounds[0]);
+  for (int64_t n = 0; n < p.num_sequences; ++n) {
+    STD_TORCH_CHECK(bounds[n] <= bounds[n + 1], "cu_seqlens: expected no decrease, got ", bounds[n], " then ",
+                    bounds[n + 1], " at entries ", n, " and ", n + 1);
+  }
+  STD_TORCH_CHECK(bounds.back() == p.num_tokens, "cu_seqlens: expected to end at T = ", p.num_tokens, ", got ",
+                  bounds.back());
+  return bounds;
+}
+
+// Into how many jobs to split one head of a sequence, when its fair share is so many threads. The panels of a head can
+// run on different threads; each then computes the chunk factors again, about a third of the work.
+int32_t splits(double threads) {
+  int32_t count = 1;
+  while (count < kPanels && 2 * count <= threads) count *= 2;
+  return count;
+}
+
+// All work, the longest first.
+std::vector<Job> make_jobs(const PrefillParams& p, int64_t threads) {
+  const bool packed = p.cu_seqlens.data != nullptr;
+  const std::vector<int64_t> bounds = packed ? sequence_bounds(p) : std::vector<int64_t>{};
+  const int64_t all_tokens = packed ? p.num_tokens : p.num_sequences * p.num_tokens;
+  std::vector<Job> jobs;
+  jobs.reserve(p.num_sequences * p.num_heads);
+  for (int64_t n = 0; n < p.num_sequences; ++n) {
+    const int64_t begin = packed ? bounds[n] : 0, end = packed ? bounds[n + 1] : p.num_tokens;
+    const double share = static_cast<double>(threads) * (end - begin) / std::max<int64_t>(1, all_tokens * p.num_heads);
+    const int32_t panels = kPanels / splits(share);
+    for (int32_t head = 0; head < p.num_heads; ++head) {
+      for (int32_t panel = 0; panel < kPanels; panel += panels) {
+        jobs.push_back({.sequence = n,
+                        .batch = packed ? 0 : n,
+                        .begin = begin,
+                        .end = end,
+                        .head = head,
+                        .first_panel = panel,
+                        .last_panel = panel + panels});
+      }
+    }
+  }
+  std::stable_sort(jobs.begin(), jobs.end(),
+                   [](const Job& x, const Job& y) { return x.end - x.begin > y.end - y.begin; });
+  return jobs;
+}
+
+void run(const PrefillParams& params, RunJob run_job) {
+  const std::vector<Job> jobs = make_jobs(params, torch::stable::get_num_threads());
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), jobs.size());
+  const std::unique_ptr<Workspace[]> workspaces(new Workspace[workers]);
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t) {
+    const FlushDenormals flush;
+    for (size_t job = next++; job < jobs.size(); job = next++) run_job(params, jobs[job], workspaces[first]);
+  });
+}
+
+}  // namespace
+}  // namespace kda::cpu
+
+void kda::run_prefill(const PrefillParams& params, int32_t, bool portable) {
+  static const cpu::RunJob fastest = cpu::fastest_build();
+  cpu::run(params, portable ? cpu::run_portable : fastest);
+}

@@ -1,0 +1,15 @@
+// The CPU kernel built for what every CPU of the architecture has: SSE2 or NEON, 8 registers hold a tile.
+#include "cpu/launch.h"
+
+namespace kda::cpu {
+namespace {
+constexpr int kLanes = 4;
+constexpr int kTileRows = 4;
+}  // namespace
+}  // namespace kda::cpu
+
+#include "cpu/job.h"
+
+void kda::cpu::run_portable(const PrefillParams& params, const Job& job, Workspace& workspace) {
+  run_job(params, job, workspace);
+}
