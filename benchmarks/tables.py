@@ -44,10 +44,14 @@ def distinct(values) -> list:
     return list(dict.fromkeys(values))
 
 
-def measured_on(environment: dict) -> str:
+def measured_on(section: dict) -> str:
+    environment = section["environment"]
     versions = [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]
     commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", environment["commit"])
-    return f"{environment['device']}; {', '.join(versions)}; commit `{commit}`."
+    text = f"{environment['device']}; {', '.join(versions)}; commit `{commit}`."
+    if "recovered_from" in section:
+        text += f" The run's output is [{section['recovered_from']}](benchmarks/results/{section['recovered_from']})."
+    return text
 
 
 def with_fla(rows: list[dict]) -> bool:
@@ -89,7 +93,7 @@ def errors_table(content: dict) -> list[str]:
         if fla:
             body[-1] += shown(row.get("fla"))
     return [
-        f"{measured_on(content['environment'])} `{errors_command(rows)}`",
+        f"{measured_on(content)} `{errors_command(rows)}`",
         "",
         *markdown(header, body),
     ]
@@ -116,7 +120,7 @@ def prefill_table(content: dict) -> list[str]:
         body.append(cells)
     host = ", ".join(f"`{name}` {1e3 * timing['median_ms']:.0f}" for name, timing in content["host"].items())
     return [
-        f"{measured_on(content['environment'])} `{prefill_command(rows)}`",
+        f"{measured_on(content)} `{prefill_command(rows)}`",
         f"Copy bandwidth {content['copy_bytes_per_s'] / 1e12:.2f} TB/s; host time of a call, microseconds: {host}.",
         "",
         *markdown(header, body),

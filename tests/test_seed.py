@@ -24,6 +24,7 @@ import torch
 from kda_inputs import rel_rms
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of child processes
 DOCUMENT = ROOT / "tests/seed/blocks.md"
 DIGEST = "ef5aab806be02ba4564fe0ec0fcc71243a7470af144a95c51243a2d0dcb7ae64"
 TOLERANCE = 5e-3  # relative RMS for random keys, as in tests/gpu: bf16 operands give 3.5e-3 to 4.6e-3
@@ -296,7 +297,7 @@ def test_dispatch_logging(kernel_package, tmp_path):
         + BLOCKS["fla"].code
         + "hf_layer.fla.Backend().chunk_kda_verifier(q, k, v, g, beta, use_graph=True)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("INFO:hf_layer.fla:")]
@@ -317,7 +318,7 @@ def test_environment(tmp_path):
     python = tmp_path / "python"  # a link would lose the environment that this interpreter belongs to
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": PYTHONPATH}
     done = shell("environment", tmp_path, **environment)
     assert done.returncode == 0 and done.stdout.strip() == "[False, False]", done.stderr
     command = [sys.executable, "your_script.py"]
