@@ -130,10 +130,9 @@ def test_block_runs_on_the_cpu(block, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.gpu], ids=block_id)
-def test_block_runs_on_a_gpu(block, kernel_package, monkeypatch):
+def test_block_runs_on_a_gpu(block, cuda_variant_dir, kernel_package, monkeypatch):
     """With the built kernel: for real, or without a GPU on fake tensors, which have shapes and no numbers."""
-    variant = Path(kernel_package.__file__).parent
-    monkeypatch.setenv("LOCAL_KERNELS", f"org/flash-kda={variant}")
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/flash-kda={cuda_variant_dir}")
     if torch.cuda.is_available():
         run_block(block)
         torch.cuda.synchronize()
