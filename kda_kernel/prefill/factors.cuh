@@ -6,8 +6,9 @@
 //   Aqk[i, j] =        sum_d q_i k_j exp(G_i - G_j)   j <= i
 //
 // Half the channels at a time, the pair products are made in one of two ways, both exact to rounding:
-//   bounded   exp(G_i) and exp(-G_j) apart, where no exponent leaves fp32 and bf16 (factor_pass_bounded)
-//   tree      products of decays only, for any gate (decay_tree.cuh); decides per half and chunk, uniformly in the warp
+//   bounded   exp(G_i) and exp(-G_j) apart, where no exponent leaves fp32 and bf16 (scale_pairs, multiply_pairs)
+//   tree      products of decays only, for any gate (decay_tree.cuh)
+// The warp decides for each half of each chunk.
 #pragma once
 
 #include "common/gate.cuh"
@@ -91,7 +92,8 @@ __device__ __forceinline__ void accumulate_gate(float2 (&G)[kChunk], uint32_t ga
   }
 }
 
-// Half the channels: a lane holds the pair of channels `pair` points at, for all tokens, and replaces in place.
+// Half the channels: a lane holds a pair of channels for all tokens and replaces in place; the addresses are those of its
+// pair at the first token.
 __device__ __forceinline__ void scale_pairs(const float2 (&G)[kChunk], uint32_t q, uint32_t k, uint32_t k_suf,
                                             uint32_t k_inverse, uint32_t norms) {
   const float2 total = {exp2_approx(G[kChunk - 1].x), exp2_approx(G[kChunk - 1].y)};

@@ -7,10 +7,11 @@
 //   load warp       q, k, g, v of a chunk -> slot                                          (load.cuh)
 //
 //   barrier        arrives                        waits                arrivals
-//   SlotFree       state warps, chunk consumed    load warp            32 kStateWarps
+//   SlotFree       state warps, chunk consumed    load, factor warps   32 kStateWarps
 //   RawReady       load warp                      factor, state warps  32
-//   FactorsReady   the chunk's factor warp        state, load warps    32
-// Every lane arrives for what it has read and written itself.
+//   FactorsReady   the chunk's factor warp        all of them          32
+// Every lane arrives for what it has read and written itself. Load and factor warps wait for the slot's last chunk,
+// state warps for its present one.
 //
 // A slot is reused in place: a lane of the factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
@@ -60,9 +61,9 @@ struct Slot {
   static constexpr bool kGateInPlace = sizeof(GElem) == 2;  // an fp32 gate tile is too wide for Ksuf to follow it
   static constexpr int kGateScale = sizeof(GElem) / 2;  // the gate tile's offsets in those of a bf16 tile
   static constexpr int kGateBytes = kTileBytes * kGateScale;
-  static constexpr int kQ = 0;               // q, then Qpre
+  static constexpr int kQ = 0;                // q, then Qpre
   static constexpr int kK = kQ + kTileBytes;  // k, then Kpre
-  static constexpr int kV = kK + kTileBytes;  // v, then o  // v
+  static constexpr int kV = kK + kTileBytes;  // v, then o
   static constexpr int kG = kV + kTileBytes;
   static constexpr int kKsuf = kGateInPlace ? kG : kG + kGateBytes;
   static constexpr int kTInv = kKsuf + kTileBytes;  // T_inv below its diagonal

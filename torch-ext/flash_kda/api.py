@@ -161,31 +161,15 @@ def chunk_kda(
             it, what was expected and what came.
         NotImplementedError: return_intermediate_states, cp_context or use_graph.
     """
-    if return_intermediate_states:
-        raise NotImplementedError(
-            "return_intermediate_states: expected False, states inside a sequence are not kept"
-        )
-    if cp_context is not None:
-        raise NotImplementedError("cp_context: expected None, context parallelism is not supported")
-    if use_graph:
-        raise NotImplementedError(
-            "use_graph: expected False; the call can be captured as it is, if cu_seqlens end at T in every replay"
-        )
+    _check_options(
+        return_intermediate_states, cp_context, use_graph, chunk_size, safe_gate, use_gate_in_kernel, lower_bound,
+        allow_neg_eigval, use_beta_sigmoid_in_kernel, cu_seqlens, cu_seqlens_cpu,
+    )  # fmt: skip
     if transpose_state_layout is not None:
         if state_v_first:
             raise ValueError("transpose_state_layout: expected state_v_first alone, got both")
         warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
-    if chunk_size not in (32, 64):
-        raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size!r}")
-    if safe_gate and use_gate_in_kernel and lower_bound is None:
-        raise ValueError(
-            "lower_bound: expected a value in [-5, 0] with safe_gate and use_gate_in_kernel, got None"
-        )
-    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
-        raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
-    if cu_seqlens is None and cu_seqlens_cpu is not None:
-        raise ValueError("cu_seqlens_cpu: expected cu_seqlens with it, got None")
     if not use_gate_in_kernel:
         A_log = dt_bias = None
 
@@ -220,6 +204,33 @@ def chunk_kda(
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
     return out, final_state
+
+
+def _check_options(
+    return_intermediate_states, cp_context, use_graph, chunk_size, safe_gate, use_gate_in_kernel, lower_bound,
+    allow_neg_eigval, use_beta_sigmoid_in_kernel, cu_seqlens, cu_seqlens_cpu,
+) -> None:  # fmt: skip
+    """What FLA's signature allows and this package does not have, and options that do not fit each other."""
+    if return_intermediate_states:
+        raise NotImplementedError(
+            "return_intermediate_states: expected False, states inside a sequence are not kept"
+        )
+    if cp_context is not None:
+        raise NotImplementedError("cp_context: expected None, context parallelism is not supported")
+    if use_graph:
+        raise NotImplementedError(
+            "use_graph: expected False; the call can be captured as it is, if cu_seqlens end at T in every replay"
+        )
+    if chunk_size not in (32, 64):
+        raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size!r}")
+    if safe_gate and use_gate_in_kernel and lower_bound is None:
+        raise ValueError(
+            "lower_bound: expected a value in [-5, 0] with safe_gate and use_gate_in_kernel, got None"
+        )
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
+    if cu_seqlens is None and cu_seqlens_cpu is not None:
+        raise ValueError("cu_seqlens_cpu: expected cu_seqlens with it, got None")
 
 
 def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | None:
