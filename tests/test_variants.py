@@ -17,7 +17,8 @@ from kernel_build import variant as variants
 from kernel_build.config import open_project
 from kernel_build.toolchain import find_toolchain, variant_name
 from kernels._rust import Digest, DigestAlgorithm, Metadata
-from test_build import ALLOWED_LIBRARIES, SIZE_BUDGET, STUB_CUDA, STUB_FILES, embedded_code, refusal, run
+from test_binary import ALLOWED_LIBRARIES, SIZE_BUDGET, embedded_code
+from test_build import STUB_CUDA, STUB_FILES, refusal, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASES = sorted(toolkits.WHEELS)
