@@ -16,7 +16,7 @@ namespace kda {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Per head: the affine maps before and after the nonlinearity, with the change of base folded in.
+// Per head: what goes before and after the nonlinearity, with the change of base folded in.
 struct GateScale {
   float input;   // multiplies g, and dt_bias when it is staged
   float output;  // turns the activated gate into log2(a)
@@ -29,7 +29,7 @@ __device__ __forceinline__ GateScale make_gate_scale(float A_log, float lower_bo
   } else if constexpr (kGate == GateKind::kSoftplus) {
     return {.input = 1.0f, .output = -kLog2E * expf(A_log)};
   } else {
-    return {.input = kLog2E, .output = 1.0f};
+    return {.input = 1.0f, .output = kLog2E};
   }
 }
 
@@ -42,16 +42,21 @@ __device__ __forceinline__ float softplus(float x) {
   return x > 20.0f ? x : y;
 }
 
-// log2(a); `bias` is dt_bias times scale.input.
+// log2(a) over scale.output; `bias` is dt_bias times scale.input.
+template <GateKind kGate>
+__device__ __forceinline__ float activate_gate(float g, float bias, GateScale scale) {
+  if constexpr (kGate == GateKind::kLowerBound) {
+    return reciprocal_approx(1.0f + exp2_approx(fmaf(g, scale.input, bias)));
+  } else if constexpr (kGate == GateKind::kSoftplus) {
+    return softplus(g + bias);
+  } else {
+    return g;
+  }
+}
+
 template <GateKind kGate>
 __device__ __forceinline__ float log2_decay(float g, float bias, GateScale scale) {
-  if constexpr (kGate == GateKind::kLowerBound) {
-    return scale.output * reciprocal_approx(1.0f + exp2_approx(fmaf(g, scale.input, bias)));
-  } else if constexpr (kGate == GateKind::kSoftplus) {
-    return scale.output * softplus(g + bias);
-  } else {
-    return g * scale.input;
-  }
+  return scale.output * activate_gate<kGate>(g, bias, scale);
 }
 
 __device__ __forceinline__ float activate_beta(float beta, bool sigmoid, bool neg_eigval) {

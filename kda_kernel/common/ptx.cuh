@@ -13,6 +13,13 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same number, of which the compiler knows nothing: what depends on it is computed where it is used, not kept in a
+// register from before a loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- matrix fragments ------------------------------------------------------------------------------------
 
 // Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives, of each matrix,
@@ -37,6 +44,22 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
+}
+
+// The reverse of ldmatrix_x4_trans: row l % 8 of matrix l / 8 goes to lane l's address.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32_t (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t row = __shfl_sync(~0u, address, 8 * i + lane / 4), y = movmatrix_trans(x[i]);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + lane % 4 * 4), "r"(y) : "memory");
+  }
+#endif
 }
 
 // D[16, 8] += A[16, 16] B[16, 8], bf16 operands, fp32 accumulation.
@@ -102,6 +125,17 @@ __device__ __forceinline__ uint4 load_shared_uint4(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ void store_shared_float4(uint32_t address, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared_uint4(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 // Orders this thread's stores to shared memory before later reads of it by wgmma and TMA.
 __device__ __forceinline__ void fence_proxy_async() {
 #if __CUDA_ARCH__ >= 900
@@ -154,6 +188,11 @@ __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   while (!barrier_test(barrier, parity)) {
   }
+}
+
+// Meets the other threads that name this barrier; `threads` is a multiple of 32. (Barrier 0 is __syncthreads'.)
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // ---- special functions -----------------------------------------------------------------------------------

@@ -20,8 +20,34 @@
 
 namespace kda::prefill {
 
+// Where a tile's factors come from and go to.
+template <class GElem>
+struct TileFactors {
+  using S = Slot<GElem>;
+  uint32_t slot;
+  uint32_t scratch;       // the pair's
+  uint32_t second_total;  // in it, the second tile's
+  int tile;
+
+  __device__ __forceinline__ uint32_t q() const { return slot + S::kQ + tile * kTileRows; }
+  __device__ __forceinline__ uint32_t k() const { return slot + S::kK + tile * kTileRows; }
+  __device__ __forceinline__ uint32_t gate() const { return slot + S::kG + tile * kTileRows; }
+  __device__ __forceinline__ uint32_t k_suf() const { return slot + S::kKsuf + tile * kTileRows; }
+  __device__ __forceinline__ uint32_t total() const { return tile == 0 ? slot + S::kTotal : second_total; }
+  __device__ __forceinline__ uint32_t t_inv() const { return slot + S::kTInv + tile * kPairDiagonal; }
+  __device__ __forceinline__ uint32_t aqk() const { return slot + S::kAqk + tile * kPairDiagonal; }
+  // Room for sixteen bytes of a lane, `piece` 0 to 2, until T_inv and Aqk of the chunk are written.
+  __device__ __forceinline__ uint32_t parking(int piece, int lane) const {
+    const int block = piece == 0 ? 0 : piece == 1 ? kPairTile : kPairDiagonal;
+    return slot + (tile == 0 ? S::kTInv : S::kAqk) + block + pair_block_rows(lane);
+  }
+  __device__ __forceinline__ uint32_t beta() const { return slot + S::kBeta + tile * kTile * 4; }
+  __device__ __forceinline__ uint32_t inverse() const { return scratch + tile * Scratch::kTileBytes; }
+  __device__ __forceinline__ uint32_t akk() const { return inverse(); }
+  __device__ __forceinline__ uint32_t norms() const { return inverse() + Scratch::kNorms; }
+};
+
 constexpr int kLaneLevels = 3;  // L = 1, 2, 4 across lanes
-constexpr int kChannelBlocks = kHeadDim / 16;
 
 // Products of tokens (i, j), sums over channels: rows 0-7 of an MMA carry k_i, rows 8-15 carry q_i, of the same eight
 // tokens. Element x, x + 2 of a lane: k, q of row lane / 4 against column 2 (lane % 4) + x.
@@ -64,7 +90,7 @@ __device__ __forceinline__ void lane_level(float (&products)[2][4], int level, c
   }
 }
 
-// The last level, tokens 8-15 against 0-7; leaves pre = exp(G_i), suf = exp(G_C - G_j) and the chunk's total.
+// The last level, tokens 8-15 against 0-7; leaves pre = exp(G_i), suf = exp(G_C - G_j) and the tile's total.
 __device__ __forceinline__ void top_level(float (&products)[4], const float (&q)[8], const float (&k)[8],
                                           float (&pre)[8], float (&suf)[8], float (&total)[8]) {
   uint32_t rows[4], columns[2];
@@ -107,17 +133,22 @@ __device__ __forceinline__ void add_levels(PairSums& sums, const float (&levels)
   }
 }
 
-// The decays of a block, 1 for tokens past the end.
+// The decays of a block, 1 for tokens past the end; `gate` is its tile's.
 template <GateKind kGate, class GElem>
-__device__ __forceinline__ void decay_block(float (&a)[8], uint32_t gate, uint32_t bias, const GateScale& scale,
+__device__ __forceinline__ void decay_block(float (&a)[8], uint32_t gate, int block, uint32_t bias, const GateScale& scale,
                                             int valid, int lane) {
+  constexpr int kUnitChannels = 16 / sizeof(GElem), kRowChannels = kRowBytes / sizeof(GElem);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float2 b = load_shared_float2(bias + (8 * h + 2 * (lane % 4)) * 4);
+    const int channel = 16 * block + 8 * h + 2 * (lane % 4);
+    const float2 b = load_shared_float2(bias + channel * 4);
+    const uint32_t place = gate + channel / kRowChannels * kHalfBytes +
+                           swizzled(lane / 4, channel % kRowChannels / kUnitChannels) +
+                           channel % kUnitChannels * sizeof(GElem);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t offset = h * kUnitBytes + r * kHalfUnitBytes + 4 * lane;
-      const float2 g = sizeof(GElem) == 2 ? unpack_bf16(load_shared(gate + offset)) : load_shared_float2(gate + 2 * offset);
+      const float2 g = sizeof(GElem) == 2 ? unpack_bf16(load_shared(place + r * kGroupRows))
+                                          : load_shared_float2(place + r * kGroupRows);
       const bool inside = lane / 4 + 8 * r < valid;
       a[4 * h + 2 * r] = inside ? exp2_approx(log2_decay<kGate>(g.x, b.x, scale)) : 1.0f;
       a[4 * h + 2 * r + 1] = inside ? exp2_approx(log2_decay<kGate>(g.y, b.y, scale)) : 1.0f;
@@ -125,24 +156,26 @@ __device__ __forceinline__ void decay_block(float (&a)[8], uint32_t gate, uint32
   }
 }
 
-// Half a chunk's channels of a slot, in place; `norms` holds per token the factors on q and k.
+// Half the channels of a tile, in place.
 template <GateKind kGate, class GElem>
-__device__ __forceinline__ void decay_tree(PairSums& sums, uint32_t slot, int half, uint32_t bias, uint32_t norms,
-                                        const GateScale& gate_scale, int valid, int lane) {
-  using S = Slot<GElem>;
-  const float2 norm[2] = {load_shared_float2(norms + lane / 4 * 8), load_shared_float2(norms + (8 + lane / 4) * 8)};
+__device__ __forceinline__ void decay_tree(PairSums& sums, const TileFactors<GElem>& to, int half, uint32_t bias,
+                                           const GateScale& gate_scale, int valid, int lane) {
+  const float2 norm[2] = {load_shared_float2(to.norms() + lane / 4 * 8),
+                          load_shared_float2(to.norms() + (8 + lane / 4) * 8)};
   float levels[kLaneLevels][2][4] = {}, diagonal[2] = {};
 #pragma unroll 1
-  for (int block = half * kChannelBlocks / 2; block < (half + 1) * kChannelBlocks / 2; ++block) {
-    const uint32_t lane_block = block * kBlockBytes + 4 * lane;
+  for (int block = half * kHalfBlocks; block < (half + 1) * kHalfBlocks; ++block) {
     float q[8], k[8], pre[8], suf[8], total[8];
-    decay_block<kGate, GElem>(pre, slot + S::kG + S::kGateScale * block * kBlockBytes, bias + block * 64, gate_scale,
-                              valid, lane);
+    decay_block<kGate, GElem>(pre, to.gate(), block, bias, gate_scale, valid, lane);
+    // Of the lane's pair in the first group of tokens and the first unit; in the second unit 16 is flipped.
+    const uint32_t first = swizzled(lane / 4, block % kHalfBlocks * 2) + lane % 4 * 4;
+    const auto place = [&](int i) { return (first ^ i / 2 * 16) + i % 2 * kGroupRows; };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i % 2;
-      const uint32_t matrix = slot + lane_block + i / 2 * kUnitBytes + r * kHalfUnitBytes;
-      const float2 q_pair = unpack_bf16(load_shared(matrix + S::kQ)), k_pair = unpack_bf16(load_shared(matrix + S::kK));
+      const uint32_t in_panel = half * kHalfBytes + place(i);
+      const float2 q_pair = unpack_bf16(load_shared(to.q() + in_panel));
+      const float2 k_pair = unpack_bf16(load_shared(to.k() + in_panel));
       q[2 * i] = q_pair.x * norm[r].x;
       q[2 * i + 1] = q_pair.y * norm[r].x;
       k[2 * i] = k_pair.x * norm[r].y;
@@ -164,18 +197,17 @@ __device__ __forceinline__ void decay_tree(PairSums& sums, uint32_t slot, int ha
     scale_and_pack(q_pre, q, pre);
     scale_and_pack(k_pre, k, pre);
     scale_and_pack(k_suf, k, suf);
+    __syncwarp();  // every lane has its gate: Ksuf of one may cover that of another
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t matrix = slot + lane_block + i / 2 * kUnitBytes + i % 2 * kHalfUnitBytes;
-      store_shared(matrix + S::kQ, q_pre[i]);
-      store_shared(matrix + S::kK, k_pre[i]);
-      store_shared(matrix + S::kKsuf, k_suf[i]);
+      store_shared(to.q() + half * kHalfBytes + place(i), q_pre[i]);
+      store_shared(to.k() + half * kHalfBytes + place(i), k_pre[i]);
+      store_shared(to.k_suf() + half * Slot<GElem>::kKsufHalf + place(i), k_suf[i]);
     }
     if (lane < 4) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        store_shared_float2(slot + S::kTotal + total_offset(16 * block + 8 * h + 2 * lane), total[4 * h],
-                            total[4 * h + 1]);
+        store_shared_float2(to.total() + total_offset(16 * block + 8 * h + 2 * lane), total[4 * h], total[4 * h + 1]);
       }
     }
   }

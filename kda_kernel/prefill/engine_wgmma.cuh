@@ -11,13 +11,17 @@
 
 namespace kda::prefill {
 
-// A shared-memory operand without swizzle, made of 8 x 8 matrices of 128 bytes: kDepthStep bytes to the next matrix
-// along the summed dimension, kWidthStep along the other. Shared memory ends below 2^18 bytes: no bit of the address
-// needs masking.
-template <uint32_t kDepthStep, uint32_t kWidthStep>
+// Shared-memory operands, made of 8 x 8 matrices. Shared memory ends below 2^18 bytes: no bit of the address needs masking.
+enum class Swizzle : uint64_t { kNone = 0, k128Bytes = 1 };
+
+// kLeading and kStride are bytes between matrices: unswizzled, along the summed dimension and along the other; swizzled
+// with rows along the summed dimension, kStride from eight rows to the next; swizzled with rows across it, kLeading from
+// 64 columns to the next and kStride from eight rows to the next.
+template <Swizzle kSwizzle, uint32_t kLeading, uint32_t kStride>
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
-  constexpr uint64_t kSteps = static_cast<uint64_t>(kDepthStep / 16) << 16 | static_cast<uint64_t>(kWidthStep / 16) << 32;
-  return kSteps + address / 16;
+  constexpr uint64_t kLayout = static_cast<uint64_t>(kSwizzle) << 62 | static_cast<uint64_t>(kStride / 16) << 32 |
+                               static_cast<uint64_t>(kLeading / 16) << 16;
+  return kLayout + address / 16;
 }
 
 template <class Op, int kTiles, size_t... kIndex>
@@ -45,19 +49,20 @@ __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 struct WgmmaEngine {
   static constexpr bool kReadsThroughAsyncProxy = true;
 
-  // 256 state threads and 256 others share 65536 registers: 152 hold S, its bf16 copy and two products in flight.
-  static __device__ __forceinline__ void take_state_registers() { cutlass::arch::warpgroup_reg_alloc<152>(); }
-  static __device__ __forceinline__ void take_factor_registers() { cutlass::arch::warpgroup_reg_dealloc<104>(); }
+  // 256 state threads and 256 others share 65536 registers: 168 hold S, its bf16 copy and two products in flight.
+  static __device__ __forceinline__ void take_state_registers() { cutlass::arch::warpgroup_reg_alloc<168>(); }
+  static __device__ __forceinline__ void take_factor_registers() { cutlass::arch::warpgroup_reg_dealloc<88>(); }
 
   using Major = cute::SM90::GMMA::Major;
-  using PairsOp = cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<Major::K, Major::K>;
+  using TokensOp = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
   using UpdateOp = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
 
   __device__ __forceinline__ explicit WgmmaEngine(int) {}
 
-  // Tokens by columns, the columns summed over.
-  static __device__ __forceinline__ uint64_t token_rows(uint32_t tile) {
-    return operand_descriptor<kUnitBytes, kHalfUnitBytes>(tile);
+  // Tokens by 16 columns of a panel, the columns summed over: blocks of a half are 32 bytes apart in the swizzled rows.
+  static __device__ __forceinline__ uint64_t token_rows(uint32_t panel, int block) {
+    return operand_descriptor<Swizzle::k128Bytes, 0, kGroupRows>(panel) +
+           (block / kHalfBlocks * kHalfBytes + block % kHalfBlocks * 32) / 16;
   }
 
   // Starts P^T += S Kpre^T, then R^T += S Qpre^T.
@@ -72,12 +77,12 @@ struct WgmmaEngine {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      wgmma<PairsOp>(p, a[block], token_rows(k_pre) + block * (kBlockBytes / 16));
+      wgmma<TokensOp>(p, a[block], token_rows(k_pre, block));
     }
     cute::warpgroup_commit_batch();
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      wgmma<PairsOp>(r, a[block], token_rows(q_pre) + block * (kBlockBytes / 16));
+      wgmma<TokensOp>(r, a[block], token_rows(q_pre, block));
     }
     cute::warpgroup_commit_batch();
   }
@@ -87,19 +92,29 @@ struct WgmmaEngine {
     pin(p);
   }
 
-  // Starts X^T += U^T M^T for a [16, 16] matrix M.
-  __device__ __forceinline__ void multiply_pairs(TokenFragment& x, const uint32_t (&u)[4], uint32_t matrix) const {
+  // Starts X^T += U^T M^T for a [32, 32] matrix M.
+  __device__ __forceinline__ void multiply_pairs(TokenFragment& x, const TokenOperand& u, uint32_t matrix) const {
     pin(x);
     cute::warpgroup_arrive();
-    wgmma<PairsOp>(x, u, token_rows(matrix));
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      wgmma<TokensOp>(x, u[tile],
+                      operand_descriptor<Swizzle::kNone, kPairUnit, kPairGroup>(matrix) + tile * (kPairBlock / 16));
+    }
     cute::warpgroup_commit_batch();
   }
 
   // Starts S += U^T Ksuf: here the tokens are the depth.
-  __device__ __forceinline__ void update_state(StateFragment& s, const uint32_t (&u)[4], uint32_t k_suf) const {
+  template <class Slot>
+  __device__ __forceinline__ void update_state(StateFragment& s, const TokenOperand& u, uint32_t slot) const {
     pin(s);
     cute::warpgroup_arrive();
-    wgmma<UpdateOp>(s, u, operand_descriptor<kHalfUnitBytes, kUnitBytes>(k_suf));
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      wgmma<UpdateOp>(s, u[tile],
+                      operand_descriptor<Swizzle::k128Bytes, Slot::kKsufHalf, kGroupRows>(slot + Slot::kKsuf) +
+                          tile * (kTileRows / 16));
+    }
     cute::warpgroup_commit_batch();
   }
 

@@ -1,14 +1,16 @@
-// The factor warps: everything of a chunk that does not depend on the state, in one warp.
+// The factor pairs: everything of a chunk that does not depend on the state, by two warps, one per tile of 16 tokens.
 //
-// Tokens i, j of the chunk, channels d, G_i = sum of the log decays up to token i (base 2 here):
-//   Kpre = k exp(G)         Qpre = q exp(G)         Ksuf = k exp(G_C - G)         total = exp(G_C)
-//   Akk[i, j] = beta_i sum_d k_i k_j exp(G_i - G_j)   j <  i         T_inv = (I + Akk)^-1
+// Tokens i, j, channels d, G_i = sum of the log decays from the start of i's tile through i (base 2 here), G_C at the
+// tile's end, total = exp(G_C). Inside a tile:
+//   Kpre = k exp(G)         Qpre = q exp(G)         Ksuf = k exp(G_C - G)
+//   Akk[i, j] = beta_i sum_d k_i k_j exp(G_i - G_j)   j <  i
 //   Aqk[i, j] =        sum_d q_i k_j exp(G_i - G_j)   j <= i
-//
-// Half the channels at a time, the pair products are made in one of two ways, both exact to rounding:
+// Half the channels at a time, these products are made in one of two ways, both exact to rounding:
 //   bounded   exp(G_i) and exp(-G_j) apart, where no exponent leaves fp32 and bf16 (scale_pairs, multiply_pairs)
 //   tree      products of decays only, for any gate (decay_tree.cuh)
-// The warp decides for each half of each chunk.
+// Each warp decides for each half of its tile. Then the tiles are joined: between i of the second and j of the first the
+// products are those of Kpre_i and Qpre_i with Ksuf_j, T_inv = (I + Akk)^-1 follows by tiles, and for the state of the
+// chunk's start and end Kpre and Qpre of the second tile take the first's total, Ksuf of the first the second's.
 #pragma once
 
 #include "common/gate.cuh"
@@ -32,122 +34,150 @@ __device__ __forceinline__ bool on_diagonal(int lane) { return lane / 8 == lane 
 __device__ __forceinline__ int diagonal_column(int lane) { return lane / 4 % 2; }
 
 // Per token the factors on q and k, with their norms: sums of squares are the diagonals of k k^T and q q^T.
-__device__ __forceinline__ void row_scales(uint32_t norms, uint32_t q_block, uint32_t k_block, float scale, bool l2norm,
-                                           int lane) {
+__device__ __forceinline__ void row_scales(uint32_t norms, uint32_t q, uint32_t k, float scale, bool l2norm, int lane) {
   if (!l2norm) {
-    if (lane < kChunk) store_shared_float2(norms + lane * 8, scale, 1.0f);
+    if (lane < kTile) store_shared_float2(norms + lane * 8, scale, 1.0f);
     return;
   }
-  float squares[2][2][4] = {};  // [q or k][token group]
+  float squares[2][2][4] = {};  // [q or k][token group]: all tokens against the group's
 #pragma unroll 4
-  for (int block = 0; block < kChannelBlocks; ++block) {
+  for (int block = 0; block < kHalves * kHalfBlocks; ++block) {
+    const uint32_t rows = block / kHalfBlocks * kHalfBytes + block_rows(block % kHalfBlocks, lane);
 #pragma unroll
     for (int tensor = 0; tensor < 2; ++tensor) {
       uint32_t x[4];
-      ldmatrix_x4(x, (tensor == 0 ? q_block : k_block) + block * kBlockBytes);
+      ldmatrix_x4(x, (tensor == 0 ? q : k) + rows);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        // Rows 0-7 and 8-15 of the operand are the same eight tokens: only the first half is read.
-        const uint32_t rows[4] = {x[r], x[r], x[2 + r], x[2 + r]};
-        mma_bf16(squares[tensor][r], rows, x[r], x[2 + r]);
-      }
+      for (int r = 0; r < 2; ++r) mma_bf16(squares[tensor][r], x, x[r], x[2 + r]);
     }
   }
   if (on_diagonal(lane)) {
     const int x = diagonal_column(lane);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float q_square = x ? squares[0][r][1] : squares[0][r][0];
-      const float k_square = x ? squares[1][r][1] : squares[1][r][0];
+      const float q_square = x ? squares[0][r][2 * r + 1] : squares[0][r][2 * r];
+      const float k_square = x ? squares[1][r][2 * r + 1] : squares[1][r][2 * r];
       store_shared_float2(norms + (8 * r + lane / 4) * 8, scale * rsqrtf(q_square + kL2NormEpsilon),
                           rsqrtf(k_square + kL2NormEpsilon));
     }
   }
 }
 
-// G of a lane's two channels after each token; tokens past the end change nothing.
+// The address of token t's row, given that of token 0's: the swizzle moves a lane's unit with the token.
+__device__ __forceinline__ uint32_t at_token(uint32_t first, int t) { return (first ^ t % 8 * 16) + t * kRowBytes; }
+
+// G of a lane's two channels after each token; tokens past the end change nothing. `gate` is their place at token 0.
 template <GateKind kGate, class GElem>
-__device__ __forceinline__ void accumulate_gate(float2 (&G)[kChunk], uint32_t gate, float2 bias, const GateScale& scale,
+__device__ __forceinline__ void accumulate_gate(float2 (&G)[kTile], uint32_t gate, float2 bias, const GateScale& scale,
                                                 int valid) {
   // All loads first: the tokens' activations then overlap, and only the sums form a chain.
   if constexpr (sizeof(GElem) == 2) {
-    uint32_t packed[kChunk];
+    uint32_t packed[kTile];
 #pragma unroll
-    for (int t = 0; t < kChunk; ++t) packed[t] = load_shared(gate + t * 16);
+    for (int t = 0; t < kTile; ++t) packed[t] = load_shared(at_token(gate, t));
 #pragma unroll
-    for (int t = 0; t < kChunk; ++t) G[t] = unpack_bf16(packed[t]);
+    for (int t = 0; t < kTile; ++t) G[t] = unpack_bf16(packed[t]);
   } else {
 #pragma unroll
-    for (int t = 0; t < kChunk; ++t) G[t] = load_shared_float2(gate + t * 32);
+    for (int t = 0; t < kTile; ++t) G[t] = load_shared_float2(at_token(gate, t));
   }
 #pragma unroll
-  for (int t = 0; t < kChunk; ++t) {
-    G[t].x = log2_decay<kGate>(G[t].x, bias.x, scale);
-    G[t].y = log2_decay<kGate>(G[t].y, bias.y, scale);
+  for (int t = 0; t < kTile; ++t) {
+    G[t].x = activate_gate<kGate>(G[t].x, bias.x, scale);
+    G[t].y = activate_gate<kGate>(G[t].y, bias.y, scale);
   }
+  if (valid < kTile) {
 #pragma unroll
-  for (int t = 1; t < kChunk; ++t) {
-    G[t].x = t < valid ? G[t - 1].x + G[t].x : G[t - 1].x;
-    G[t].y = t < valid ? G[t - 1].y + G[t].y : G[t - 1].y;
+    for (int t = 0; t < kTile; ++t) {
+      if (t >= valid) G[t] = {0.0f, 0.0f};
+    }
+  }
+  G[0] = {scale.output * G[0].x, scale.output * G[0].y};
+#pragma unroll
+  for (int t = 1; t < kTile; ++t) {
+    G[t].x = fmaf(scale.output, G[t].x, G[t - 1].x);
+    G[t].y = fmaf(scale.output, G[t].y, G[t - 1].y);
   }
 }
 
-// Half the channels: a lane holds a pair of channels for all tokens and replaces in place; the addresses are those of its
-// pair at the first token.
-__device__ __forceinline__ void scale_pairs(const float2 (&G)[kChunk], uint32_t q, uint32_t k, uint32_t k_suf,
-                                            uint32_t k_inverse, uint32_t norms) {
-  const float2 total = {exp2_approx(G[kChunk - 1].x), exp2_approx(G[kChunk - 1].y)};
-  constexpr int kBatch = 4;  // tokens whose loads and exponentials overlap
+// The bounded way, half the channels: a lane holds a pair of channels for all tokens and replaces in place; `pair` is its
+// place at token 0 in half a panel.
+template <class GElem>
+__device__ __forceinline__ void scale_pairs(const float2 (&G)[kTile], const TileFactors<GElem>& to, float2 total,
+                                            int half, uint32_t pair) {
+  const uint32_t q = to.q() + half * kHalfBytes + pair, k_suf = to.k_suf() + half * Slot<GElem>::kKsufHalf + pair;
+  const uint32_t k_inverse = to.inverse() + pair, norms = to.norms();
+  constexpr int kFromQToK = Slot<GElem>::kK - Slot<GElem>::kQ;
+  constexpr int kAhead = 3;  // tokens whose loads are on their way
+  uint32_t k_packed[kAhead], q_packed[kAhead];
+  float2 norm[kAhead];  // q, k
+  const auto load = [&](int t) {
+    k_packed[t % kAhead] = load_shared(at_token(q, t) + kFromQToK);
+    q_packed[t % kAhead] = load_shared(at_token(q, t));
+    norm[t % kAhead] = load_shared_float2(norms + t * 8);
+  };
 #pragma unroll
-  for (int first = 0; first < kChunk; first += kBatch) {
-    uint32_t k_packed[kBatch], q_packed[kBatch];
-    float4 norm[kBatch / 2];  // of two tokens: q, k, q, k
+  for (int t = 0; t < kAhead; ++t) load(t);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      k_packed[i] = load_shared(k + (first + i) * 16);
-      q_packed[i] = load_shared(q + (first + i) * 16);
-      if (i % 2 == 0) norm[i / 2] = load_shared_float4(norms + (first + i) * 8);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int t = first + i;
-      const float q_norm = i % 2 ? norm[i / 2].z : norm[i / 2].x, k_norm = i % 2 ? norm[i / 2].w : norm[i / 2].y;
-      float2 k_t = unpack_bf16(k_packed[i]), q_t = unpack_bf16(q_packed[i]);
-      k_t = {k_t.x * k_norm, k_t.y * k_norm};
-      q_t = {q_t.x * q_norm, q_t.y * q_norm};
-      const float2 pre = {exp2_approx(G[t].x), exp2_approx(G[t].y)};
-      const float2 inverse = {k_t.x * exp2_approx(-G[t].x), k_t.y * exp2_approx(-G[t].y)};
-      k_packed[i] = pack_bf16(k_t.x * pre.x, k_t.y * pre.y);
-      q_packed[i] = pack_bf16(q_t.x * pre.x, q_t.y * pre.y);
-      store_shared(k_inverse + t * 16, pack_bf16(inverse.x, inverse.y));
-      store_shared(k_suf + t * 16, pack_bf16(inverse.x * total.x, inverse.y * total.y));
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      store_shared(k + (first + i) * 16, k_packed[i]);
-      store_shared(q + (first + i) * 16, q_packed[i]);
-    }
+  for (int t = 0; t < kTile; ++t) {
+    float2 k_t = unpack_bf16(k_packed[t % kAhead]), q_t = unpack_bf16(q_packed[t % kAhead]);
+    const float2 norm_t = norm[t % kAhead];
+    if (t + kAhead < kTile) load(t + kAhead);
+    k_t = {k_t.x * norm_t.y, k_t.y * norm_t.y};
+    q_t = {q_t.x * norm_t.x, q_t.y * norm_t.x};
+    const float2 pre = {exp2_approx(G[t].x), exp2_approx(G[t].y)};
+    const float2 inverse = {k_t.x * exp2_approx(-G[t].x), k_t.y * exp2_approx(-G[t].y)};
+    store_shared(at_token(k_inverse, t), pack_bf16(inverse.x, inverse.y));
+    store_shared(at_token(k_suf, t), pack_bf16(inverse.x * total.x, inverse.y * total.y));
+    store_shared(at_token(q, t) + kFromQToK, pack_bf16(k_t.x * pre.x, k_t.y * pre.y));
+    store_shared(at_token(q, t), pack_bf16(q_t.x * pre.x, q_t.y * pre.y));
   }
 }
 
-// The products over half the channels: [Kpre; Qpre] of eight tokens against k exp(-G) of eight.
-__device__ __forceinline__ void multiply_pairs(PairSums& sums, uint32_t q, uint32_t k, uint32_t k_inverse, int lane) {
-  // Matrices of the A operand: k and q of the same tokens, columns 0-7, then columns 8-15.
-  const uint32_t rows = (lane / 8 % 2 ? q : k) + lane / 16 * kUnitBytes + lane % 8 * 16;
-  const uint32_t columns = k_inverse + ldmatrix_lane_offset(lane);
+template <class GElem>
+__device__ __forceinline__ void park(const PairSums& sums, const TileFactors<GElem>& to, int lane) {
+  store_shared_float4(to.parking(0, lane), sums.group[0]);
+  store_shared_float4(to.parking(1, lane), sums.group[1]);
+  store_shared_float4(to.parking(2, lane), sums.across);
+}
+
+template <class GElem>
+__device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<GElem>& to, int lane) {
 #pragma unroll
-  for (int block = 0; block < kChannelBlocks / 2; ++block) {
+  for (int piece = 0; piece < 3; ++piece) {
+    const float4 x = load_shared_float4(to.parking(piece, lane));
+    float(&sum)[4] = piece < 2 ? sums.group[piece] : sums.across;
+    sum[0] += x.x;
+    sum[1] += x.y;
+    sum[2] += x.z;
+    sum[3] += x.w;
+  }
+}
+
+// Where a lane finds its row of the A operand of a pair product in half a panel: k and q of the same eight tokens, columns
+// 0-7, then 8-15.
+template <class GElem>
+__device__ __forceinline__ uint32_t pair_rows(const TileFactors<GElem>& to, int half, int lane) {
+  return (lane / 8 % 2 ? to.q() : to.k()) + half * kHalfBytes + swizzled(lane % 8, lane / 16);
+}
+
+// Products inside a tile over half the channels: [Kpre; Qpre] of eight tokens against k exp(-G) of eight.
+template <class GElem>
+__device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors<GElem>& to, int half, int lane) {
+  const uint32_t rows = pair_rows(to, half, lane);
+#pragma unroll
+  for (int block = 0; block < kHalfBlocks; ++block) {
     uint32_t low[4], high[4], b[4];
-    ldmatrix_x4(low, rows + block * kBlockBytes);
-    ldmatrix_x4(high, rows + block * kBlockBytes + kHalfUnitBytes);
-    ldmatrix_x4(b, columns + block * kBlockBytes);
+    ldmatrix_x4(low, rows ^ block * 32);
+    ldmatrix_x4(high, (rows ^ block * 32) + kGroupRows);
+    ldmatrix_x4(b, to.inverse() + block_rows(block, lane));
     mma_bf16(sums.group[0], low, b[0], b[2]);
     mma_bf16(sums.group[1], high, b[1], b[3]);
     mma_bf16(sums.across, high, b[0], b[2]);
   }
 }
 
-// Aqk to its tile in bf16; Akk, transposed, to the warp's scratch in fp32.
+// Aqk to its tile in bf16; Akk, transposed, to the scratch in fp32.
 __device__ __forceinline__ void store_pairs(const PairSums& sums, float beta, uint32_t aqk, uint32_t akk, int lane) {
   const int row = lane / 4, pair = 2 * (lane % 4);
 #pragma unroll
@@ -162,23 +192,23 @@ __device__ __forceinline__ void store_pairs(const PairSums& sums, float beta, ui
                          column < row ? beta_row * sums.group[r][x] : 0.0f);
       if (r == 1) store_shared_float(akk + (column * kScratchRow + 8 + row) * 4, beta_row * sums.across[x]);
     }
-    store_shared(aqk + 4 * lane + r * (kUnitBytes + kHalfUnitBytes), pack_bf16(qk[0], qk[1]));
+    store_shared(aqk + 4 * lane + r * (kPairUnit + kPairGroup), pack_bf16(qk[0], qk[1]));
   }
-  store_shared(aqk + 4 * lane + kHalfUnitBytes, pack_bf16(sums.across[2], sums.across[3]));
-  store_shared(aqk + 4 * lane + kUnitBytes, 0);
+  store_shared(aqk + 4 * lane + kPairGroup, pack_bf16(sums.across[2], sums.across[3]));
+  store_shared(aqk + 4 * lane + kPairUnit, 0);
 }
 
-// T_inv = (I + Akk)^-1 by forward substitution in fp32, a column per lane (twice over the warp). The unit diagonal
-// stays out of the bf16 tile: the state warps add that part in fp32.
+// T_inv = (I + Akk)^-1 of a tile by forward substitution in fp32, a column per lane (twice over the warp). The unit
+// diagonal stays out of the bf16 tile: the state warps add that part in fp32.
 __device__ __forceinline__ void invert(uint32_t t_inv, uint32_t akk, int lane) {
-  const int column = lane % kChunk;
-  float x[kChunk];
+  const int column = lane % kTile;
+  float x[kTile];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) x[i] = i == column ? 1.0f : 0.0f;
+  for (int i = 0; i < kTile; ++i) x[i] = i == column ? 1.0f : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kChunk - 1; ++i) {
+  for (int i = 0; i < kTile - 1; ++i) {
 #pragma unroll
-    for (int four = (i + 1) / 4; four < kChunk / 4; ++four) {
+    for (int four = (i + 1) / 4; four < kTile / 4; ++four) {
       const float4 below = load_shared_float4(akk + (i * kScratchRow + 4 * four) * 4);
       const float values[4] = {below.x, below.y, below.z, below.w};
 #pragma unroll
@@ -187,58 +217,193 @@ __device__ __forceinline__ void invert(uint32_t t_inv, uint32_t akk, int lane) {
       }
     }
   }
-  if (lane < kChunk) {
+  if (lane < kTile) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
+    for (int i = 0; i < kTile; ++i) {
       const float value = i == column ? 0.0f : x[i];
-      store_shared_u16(t_inv + column / 8 * kUnitBytes + i * 16 + column % 8 * 2,
+      store_shared_u16(t_inv + column / 8 * kPairUnit + i * 16 + column % 8 * 2,
                        __bfloat16_as_ushort(__float2bfloat16_rn(value)));
     }
   }
 }
 
-// One chunk: slot holds q, k, g on entry and Qpre, Kpre, Ksuf, T_inv, Aqk, total, beta on return.
-template <GateKind kGate, class GElem>
-__device__ __forceinline__ void build_factors(const PrefillParams& p, uint32_t slot, uint32_t scratch, uint32_t bias,
-                                              const GateScale& gate_scale, float beta, int valid, int lane) {
-  using S = Slot<GElem>;
-  const uint32_t norms = scratch + kNormOffset;
-  row_scales(norms, slot + S::kQ + ldmatrix_lane_offset(lane), slot + S::kK + ldmatrix_lane_offset(lane), p.scale,
-             p.l2norm_qk, lane);
-  __syncwarp();
+// Products of the second tile's tokens with the first's: [row group][column group] of eight tokens, elements as PairSums'.
+using CrossSums = float[2][2][4];
 
-  const float bound = p.l2norm_qk ? kBoundNormalised : kBoundRaw;
-  PairSums sums;
+template <class GElem>
+__device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactors<GElem>& to, int lane) {
+  using S = Slot<GElem>;
 #pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t tile = half * kHalfTileBytes, pair = lane / 4 * kUnitBytes + lane % 4 * 4;
-    const int channel = half * kHeadDim / 2 + 2 * lane;
-    float2 G[kChunk];
-    accumulate_gate<kGate, GElem>(G, slot + S::kG + S::kGateScale * (tile + pair),
-                                  load_shared_float2(bias + channel * 4), gate_scale, valid);
-    const float2 log2_total = G[kChunk - 1];
-    if (__all_sync(~0u, log2_total.x >= bound && log2_total.y >= bound)) {
-      scale_pairs(G, slot + S::kQ + tile + pair, slot + S::kK + tile + pair, slot + S::kKsuf + tile + pair,
-                  scratch + pair, norms);
-      store_shared_float2(slot + S::kTotal + total_offset(channel), exp2_approx(log2_total.x),
-                          exp2_approx(log2_total.y));
-      __syncwarp();
-      multiply_pairs(sums, slot + S::kQ + tile, slot + S::kK + tile, scratch, lane);
-    } else {
-      decay_tree<kGate, GElem>(sums, slot, half, bias, norms, gate_scale, valid, lane);
+  for (int half = 0; half < kHalves; ++half) {
+    const uint32_t rows = pair_rows(to, half, lane);
+    const uint32_t columns = to.slot + S::kKsuf + half * S::kKsufHalf;
+#pragma unroll
+    for (int block = 0; block < kHalfBlocks; ++block) {
+      uint32_t a[2][4], b[4];
+      ldmatrix_x4(a[0], rows ^ block * 32);
+      ldmatrix_x4(a[1], (rows ^ block * 32) + kGroupRows);
+      ldmatrix_x4(b, columns + block_rows(block, lane));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) mma_bf16(sums[r][c], a[r], b[c], b[2 + c]);
+      }
     }
-    __syncwarp();  // the scratch may be written again
   }
-  store_pairs(sums, beta, slot + S::kAqk, scratch, lane);
-  if (lane < kChunk) store_shared_float(slot + S::kBeta + lane * 4, beta);
-  __syncwarp();
-  invert(slot + S::kTInv, scratch, lane);
 }
 
-// The bits of an element of beta, and what they mean: apart, so that the load has a chunk's time to arrive.
-__device__ __forceinline__ uint32_t load_beta_bits(const PrefillParams& p, int64_t offset) {
-  return p.beta_dtype == FloatKind::kFloat32 ? static_cast<const uint32_t*>(p.beta.data)[offset]
-                                             : static_cast<const uint16_t*>(p.beta.data)[offset];
+// A tile's rows of a panel times the other tile's decays: a lane takes a unit, lane % 16 over both halves, of every second
+// token.
+__device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint32_t total, int lane) {
+  const uint32_t first = rows + lane % 16 / 8 * half_stride + swizzled(lane / 16, lane % 8);
+  float2 pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = load_shared_float2(total + total_offset(8 * (lane % 16) + 2 * i));
+#pragma unroll
+  for (int begin = 0; begin < kTile; begin += 8) {
+    uint4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = load_shared_uint4(at_token(first, begin + 2 * i));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 value = unpack_bf16(words[w]);
+        words[w] = pack_bf16(value.x * pairs[w].x, value.y * pairs[w].y);
+      }
+      store_shared_uint4(at_token(first, begin + 2 * i), make_uint4(words[0], words[1], words[2], words[3]));
+    }
+  }
+}
+
+// The second tile against the first: Aqk, and the block of T_inv below the tiles' own inverses T_0 and T_1,
+//   -T_1 (Akk T_0) = -(M + (T_1 - I) M),   M = Akk + Akk (T_0 - I),
+// where what the unit diagonals give stays in fp32.
+template <class GElem>
+__device__ __forceinline__ void join_inverses(const CrossSums& sums, float beta, uint32_t slot, int lane) {
+  using S = Slot<GElem>;
+  uint32_t a[4], first[4], second[4];
+  float m[2][4], t[2][4];  // [column group]
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float beta_row = __shfl_sync(~0u, beta, 8 * r + lane / 4);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      m[c][2 * r] = beta_row * sums[r][c][0];
+      m[c][2 * r + 1] = beta_row * sums[r][c][1];
+      a[2 * c + r] = pack_bf16(m[c][2 * r], m[c][2 * r + 1]);
+      store_shared(slot + S::kAqk + kPairTile + c * kPairUnit + r * kPairGroup + 4 * lane,
+                   pack_bf16(sums[r][c][2], sums[r][c][3]));
+    }
+  }
+  ldmatrix_x4_trans(first, slot + S::kTInv + pair_block_rows(lane));
+  ldmatrix_x4(second, slot + S::kTInv + kPairDiagonal + pair_block_rows(lane));
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    mma_bf16(m[c], a, first[2 * c], first[2 * c + 1]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) t[c][e] = m[c][e];
+    mma_bf16(t[c], second, movmatrix_trans(pack_bf16(m[c][0], m[c][1])), movmatrix_trans(pack_bf16(m[c][2], m[c][3])));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      store_shared(slot + S::kTInv + kPairTile + c * kPairUnit + r * kPairGroup + 4 * lane,
+                   pack_bf16(-t[c][2 * r], -t[c][2 * r + 1]));
+    }
+  }
+}
+
+// A tile for itself: q, k, g in the slot become Qpre, Kpre, Ksuf, total goes where it belongs, the products are returned.
+template <GateKind kGate, class GElem>
+__device__ __forceinline__ PairSums build_tile(const PrefillParams& p, const TileFactors<GElem>& to, uint32_t bias,
+                                               uint32_t gate, int valid, int warp_lane) {
+  using S = Slot<GElem>;
+  row_scales(to.norms(), to.q(), to.k(), p.scale, p.l2norm_qk, warp_lane);
+
+  const float bound = p.l2norm_qk ? kBoundNormalised : kBoundRaw;
+#pragma unroll 1
+  for (int half = 0;; ++half) {
+    const int lane = opaque(warp_lane);
+    const int channel = half * kHalfChannels + 2 * lane;
+    // The lane's pair of channels in its first row: fp32 rows hold half as many.
+    const uint32_t pair = lane / 4 * 16 + lane % 4 * 4;
+    const uint32_t gate_pair = half * S::kKsufHalf + (sizeof(GElem) == 2 ? pair : lane / 16 * kHalfBytes + lane % 16 * 8);
+    const float2 scale = load_shared_float2(gate);
+    const GateScale gate_scale{.input = scale.x, .output = scale.y};
+    float2 G[kTile];
+    accumulate_gate<kGate, GElem>(G, to.gate() + gate_pair, load_shared_float2(bias + channel * 4), gate_scale, valid);
+    __syncwarp();  // the norms stand; every lane has its gate; the scratch may be written
+    PairSums sums;
+    const float2 log2_total = G[kTile - 1];
+    if (__all_sync(~0u, log2_total.x >= bound && log2_total.y >= bound)) {
+      const float2 total = {exp2_approx(log2_total.x), exp2_approx(log2_total.y)};
+      store_shared_float2(to.total() + total_offset(channel), total.x, total.y);
+      scale_pairs(G, to, total, half, pair);
+      __syncwarp();
+      multiply_pairs(sums, to, half, lane);
+    } else {
+      decay_tree<kGate, GElem>(sums, to, half, bias, gate_scale, valid, lane);
+    }
+    // The first half's sums wait in shared memory: the second half needs the registers.
+    if (half == 1) {
+      add_parked(sums, to, lane);
+      return sums;
+    }
+    park(sums, to, lane);
+  }
+}
+
+// What follows from the products, and what the two tiles of a chunk need of each other; the work between the meetings is
+// about the same for both warps.
+template <class GElem>
+__device__ __forceinline__ void join_tiles(const PairSums& sums, const TileFactors<GElem>& to, float beta, int pair,
+                                           int lane) {
+  using S = Slot<GElem>;
+  const auto meet = [&] { named_barrier_sync(1 + pair, 32 * kTiles); };
+  const uint32_t first_total = to.slot + S::kTotal;
+  CrossSums cross = {};
+  meet();  // both tiles stand, in the scratch Akk may take the place of k exp(-G), and nothing is parked any more
+  store_pairs(sums, beta, to.aqk(), to.akk(), lane);
+  if (lane < kTile) store_shared_float(to.beta() + lane * 4, beta);
+  __syncwarp();
+  // The first tile inverts, then scales its Ksuf and the second's Qpre; the second makes the products between the tiles,
+  // scales its Kpre, then inverts.
+#pragma unroll 1
+  for (int step = 0; step < 2; ++step) {
+    if (step == to.tile) {
+      invert(to.t_inv(), to.akk(), lane);
+      __syncwarp();
+    } else {
+      if (to.tile == 1) {
+        multiply_cross(cross, to, lane);
+        __syncwarp();
+      }
+#pragma unroll 1
+      for (int i = to.tile; i < 2; ++i) {
+        const uint32_t rows = i == 0 ? to.k_suf() : to.tile == 0 ? to.q() + kTileRows : to.k();
+        scale_rows(rows, i == 0 ? S::kKsufHalf : kHalfBytes, i == 0 ? to.second_total : first_total, lane);
+      }
+    }
+    if (step == 0) meet();  // the products between the tiles are made, and T_inv of the first tile stands
+  }
+  if (to.tile == 1) {
+    join_inverses<GElem>(cross, beta, to.slot, lane);
+  } else {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 64; ++i) {
+      const uint32_t place = total_offset(2 * (lane + 32 * i));
+      const float2 first = load_shared_float2(first_total + place), second = load_shared_float2(to.second_total + place);
+      store_shared_float2(first_total + place, first.x * second.x, first.y * second.y);
+    }
+  }
+}
+
+// The bits of a token's beta, and what they mean: apart, because the load takes a while and the value is needed late.
+__device__ __forceinline__ uint32_t load_beta_bits(const PrefillParams& p, const Source& beta, int token) {
+  const char* place = beta.rows + token * beta.stride;
+  return p.beta_dtype == FloatKind::kFloat32 ? *reinterpret_cast<const uint32_t*>(place)
+                                             : *reinterpret_cast<const uint16_t*>(place);
 }
 
 __device__ __forceinline__ float beta_value(const PrefillParams& p, uint32_t bits) {
@@ -249,32 +414,30 @@ __device__ __forceinline__ float beta_value(const PrefillParams& p, uint32_t bit
 // kAsyncProxy: the state warps read the factors through the async proxy (wgmma), which ordinary stores reach only
 // past a fence of each writing lane.
 template <GateKind kGate, bool kAsyncProxy, class GElem>
-__device__ void factor_role(const PrefillParams& p, const SharedMap<GElem>& shared, const Sequence& sequence, int head,
-                            const GateScale& gate_scale, int warp) {
-  const int lane = threadIdx.x % 32;
-  const int64_t beta_row = sequence.batch * p.beta.batch_stride + sequence.begin * p.beta.token_stride +
-                           head * p.beta.head_stride;
-  // Beta of this lane's token, a chunk ahead of its use: global memory is far.
-  const auto read_beta = [&](int token) {
-    return lane < kChunk && token + lane < sequence.length
-               ? load_beta_bits(p, beta_row + (token + lane) * p.beta.token_stride)
-               : 0u;
-  };
-  uint32_t next_beta = read_beta(warp * kChunk);
+__device__ void factor_role(const PrefillParams& p, const SharedMap<GElem>& shared, int length, int warp) {
+  const int warp_lane = opaque(threadIdx.x % 32), pair = warp / kTiles, tile = warp % kTiles;
+  if (pair >= shared.ring.num_pairs) return;
   RingPosition ring{.slot = 0, .parity = 0};
-  ring.advance(warp, shared.num_slots);
-  for (int token = warp * kChunk; token < sequence.length; token += kFactorWarps * kChunk) {
-    const int valid = min(sequence.length - token, kChunk);
-    const float beta = lane < valid ? beta_value(p, next_beta) : 0.0f;
-    next_beta = read_beta(token + kFactorWarps * kChunk);
+  ring.advance(pair, shared.ring.num_slots);
+  int turn = 0;  // odd and even chunks of the pair
+  for (int chunk = pair * kChunk; chunk < length; chunk += shared.ring.num_pairs * kChunk) {
+    const int lane = opaque(warp_lane);
+    const int token = chunk + tile * kTile, valid = max(0, min(length - token, kTile));
+    const uint32_t beta_bits =
+        lane < valid ? load_beta_bits(p, Source::load(shared.beta()), token + lane) : 0;
     await_reuse(shared, ring);
     barrier_wait(shared.raw_ready(ring.slot), ring.parity);
-    build_factors<kGate, GElem>(p, shared.slot(ring.slot), shared.scratch(warp), shared.bias(), gate_scale, beta, valid,
-                                lane);
+    const TileFactors<GElem> to{.slot = shared.slot(ring.slot),
+                                .scratch = shared.scratch(pair),
+                                .second_total = shared.scratch(pair) + Scratch::kTotal + turn * kTotalBytes,
+                                .tile = tile};
+    const PairSums sums = build_tile<kGate>(p, to, shared.bias(), shared.gate(), valid, lane);
+    join_tiles(sums, to, lane < valid ? beta_value(p, beta_bits) : 0.0f, pair, lane);
     if constexpr (kAsyncProxy) fence_proxy_async();
     barrier_arrive(shared.factors_ready(ring.slot));
     __syncwarp();  // the scratch may be written again
-    ring.advance(kFactorWarps, shared.num_slots);
+    ring.advance(shared.ring.num_pairs, shared.ring.num_slots);
+    turn ^= 1;
   }
 }
 

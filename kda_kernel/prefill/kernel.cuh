@@ -30,30 +30,53 @@ __device__ inline void poison(const PrefillParams& p, int64_t sequence, int head
   }
 }
 
+// T_inv and Aqk are lower triangular: what the first tile's tokens have from the second is zero in every chunk.
+template <class GElem>
+__device__ __forceinline__ void clear_upper_pairs(const SharedMap<GElem>& shared) {
+  constexpr int kPieces = kTile / 8 * kTile;  // of 16 bytes, in a [16, 16] block
+  for (int i = threadIdx.x; i < shared.ring.num_slots * kPieces; i += kThreads) {
+    const uint32_t place = shared.slot(i / kPieces) + kPairBlock + i / kTile % 2 * kPairUnit + i % kTile * 16;
+    store_shared_uint4(place + Slot<GElem>::kTInv, make_uint4(0, 0, 0, 0));
+    store_shared_uint4(place + Slot<GElem>::kAqk, make_uint4(0, 0, 0, 0));
+  }
+  fence_proxy_async();
+}
+
 template <GateKind kGate, class GElem, class Engine>
 __global__ void __launch_bounds__(kThreads, 1)
-    prefill_kernel(const __grid_constant__ PrefillParams p, const int num_slots) {
+    prefill_kernel(const __grid_constant__ PrefillParams p, const Ring ring) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  const SharedMap<GElem> shared{.base = smem_address(shared_memory), .num_slots = num_slots};
+  const SharedMap<GElem> shared{.base = smem_address(shared_memory), .ring = ring};
   const int64_t index = blockIdx.x / p.num_heads;
   const int head = blockIdx.x % p.num_heads;
 
+  // First everything that comes from global memory, so that one wait covers it; bounds are used once they are checked.
+  const Sequence sequence = find_sequence(p.cu_seqlens, index, p.num_tokens);
+  const float A_log = p.A_log ? p.A_log[head] : 0.0f;
+  const float bias = p.dt_bias && threadIdx.x < kHeadDim ? p.dt_bias[head * kHeadDim + threadIdx.x] : 0.0f;
   if (p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
     poison(p, index, head, blockIdx.x);
     return;
   }
-  const Sequence sequence = find_sequence(p.cu_seqlens, index, p.num_tokens);
-  const GateScale gate_scale = make_gate_scale<kGate>(p.A_log ? p.A_log[head] : 0.0f, p.lower_bound);
+  const GateScale gate_scale = make_gate_scale<kGate>(A_log, p.lower_bound);
 
   if (threadIdx.x < kHeadDim) {
-    const float bias = p.dt_bias ? p.dt_bias[head * kHeadDim + threadIdx.x] : 0.0f;
     store_shared_float(shared.bias() + threadIdx.x * 4, bias * gate_scale.input);
-  } else if (threadIdx.x < kHeadDim + num_slots) {
+  } else if (threadIdx.x < kHeadDim + ring.num_slots) {
     const int slot = threadIdx.x - kHeadDim;
     barrier_init(shared.slot_free(slot), 32 * kStateWarps);
-    barrier_init(shared.raw_ready(slot), 32);
-    barrier_init(shared.factors_ready(slot), 32);
+    barrier_init(shared.raw_ready(slot), 32 * kStateWarps);
+    barrier_init(shared.factors_ready(slot), 32 * kTiles);
   }
+  if (threadIdx.x == 0) {
+    if (p.beta_dtype == FloatKind::kFloat32) {
+      Source::store<float>(shared.beta(), p.beta, sequence, head);
+    } else {
+      Source::store<__nv_bfloat16>(shared.beta(), p.beta, sequence, head);
+    }
+    store_shared_float2(shared.gate(), gate_scale.input, gate_scale.output);
+  }
+  clear_upper_pairs(shared);
   __syncthreads();
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform to the compiler, as the roles are
@@ -62,16 +85,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     state_role<Engine>(p, shared, sequence, blockIdx.x, head, warp);
   } else {
     Engine::take_factor_registers();
-    if (warp < kStateWarps + kFactorWarps) {
-      factor_role<kGate, Engine::kReadsThroughAsyncProxy>(p, shared, sequence, head, gate_scale, warp - kStateWarps);
-    } else {
-      load_role(p, shared, sequence, head);
-    }
+    factor_role<kGate, Engine::kReadsThroughAsyncProxy>(p, shared, sequence.length, warp - kStateWarps);
   }
 }
 
-// As many slots as the device's shared memory holds, with a bf16 gate: 4 in 99 KB (8.6, 8.9, 12.0), 7 in 163 KB
-// (8.0), 11 in 227 KB; with an fp32 gate 3, 5 and 7.
 template <GateKind kGate, class GElem, class Engine>
 cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
   int device, limit;
@@ -79,14 +96,13 @@ cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const int fitting = (limit - Fixed::kBytes) / Slot<GElem>::kBytes;
-  const int num_slots = fitting < kMaxSlots ? fitting : kMaxSlots;
-  if (num_slots < kMinSlots) return cudaErrorInvalidConfiguration;
-  const int bytes = shared_bytes<GElem>(num_slots);
+  const Ring ring = fit_ring<GElem>(limit);
+  if (ring.num_slots == 0) return cudaErrorInvalidConfiguration;
+  const int bytes = shared_bytes<GElem>(ring);
   auto* kernel = prefill_kernel<kGate, GElem, Engine>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(p.num_sequences * p.num_heads), kThreads, bytes, stream>>>(p, num_slots);
+  kernel<<<static_cast<unsigned>(p.num_sequences * p.num_heads), kThreads, bytes, stream>>>(p, ring);
   return cudaGetLastError();
 }
 

@@ -1,4 +1,5 @@
-// The load warp: a chunk's rows of q, k, g, v from global memory into the ring.
+// A chunk's rows of q, k, g, v from global memory into the ring, by the state warps: each has one of the tensors and one of
+// the tiles.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -14,98 +15,112 @@ __device__ __forceinline__ const Elem* row_pointer(const TokenTensor& x, const S
          head * x.head_stride;
 }
 
-// One tensor's way into the ring, in pieces of 16 bytes: eight lanes write eight tokens of a column group side by side
-// (no bank conflict) and neighbouring groups of lanes read neighbouring pieces of those rows.
-template <class Elem>
-struct TileLoader {
-  static constexpr int kUnit = 8 * sizeof(Elem);     // bytes of eight columns of a row
-  static constexpr int kUnitPieces = kUnit / 16;
-  static constexpr int kUnitStride = (kChunk + 1) * kUnit;
-  static constexpr int kStep = 4 / kUnitPieces;      // column groups a warp copies at a time
-  static constexpr int kSteps = kHeadDim / 8 / kStep;
-  static constexpr int kElems = 16 / sizeof(Elem);
+// beta's rows at the sequence and head, as they lie in shared memory: too many registers to keep.
+struct Source {
+  const char* rows;  // of the first token
+  int64_t stride;    // of a token, in bytes
 
-  const char* source;  // this lane's first piece of the next chunk, token lane_token()
-  int64_t stride;      // of a token, in bytes
-  uint32_t target;     // the same piece in the tile
-
-  __device__ __forceinline__ TileLoader(const Elem* rows, int64_t token_stride, int lane)
-      : stride(token_stride * static_cast<int64_t>(sizeof(Elem))) {
-    const int piece = lane % kUnitPieces, unit = lane / (8 * kUnitPieces);
-    source = reinterpret_cast<const char*>(rows) + lane_token(lane) * stride + unit * kUnit + piece * 16;
-    target = unit * kUnitStride + lane_token(lane) * kUnit + piece * 16;
+  template <class Elem>
+  static __device__ __forceinline__ void store(uint32_t place, const TokenTensor& x, const Sequence& sequence,
+                                               int64_t head) {
+    const auto rows = reinterpret_cast<uint64_t>(row_pointer<Elem>(x, sequence, head));
+    const uint64_t stride = x.token_stride * sizeof(Elem);
+    store_shared_uint4(place, make_uint4(rows, rows >> 32, stride, stride >> 32));
   }
 
-  static __device__ __forceinline__ int lane_token(int lane) { return lane / kUnitPieces % 8; }
-
-  // Rows from `valid` on become zeros and are never read.
-  __device__ __forceinline__ void load_aligned(uint32_t tile, int valid, int lane) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool inside = lane_token(lane) + 8 * half < valid;
-      const char* row = source + (inside ? 8 * half * stride : 0);
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        cp_async_16(tile + target + half * 8 * kUnit + i * kStep * kUnitStride, row + i * kStep * kUnit, inside);
-      }
-    }
-  }
-
-  // For rows that do not start at a multiple of 16 bytes.
-  __device__ void load_unaligned(uint32_t tile, int valid, int lane) const {
-#pragma unroll 1
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      const int half = i % 2, step = i / 2;
-      alignas(16) Elem piece[kElems] = {};
-      if (lane_token(lane) + 8 * half < valid) {
-        const auto* values = reinterpret_cast<const Elem*>(source + 8 * half * stride + step * kStep * kUnit);
-#pragma unroll
-        for (int e = 0; e < kElems; ++e) piece[e] = values[e];
-      }
-      const auto* words = reinterpret_cast<const uint32_t*>(piece);
-      const uint32_t place = tile + target + half * 8 * kUnit + step * kStep * kUnitStride;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) store_shared(place + 4 * w, words[w]);
-    }
-  }
-
-  __device__ __forceinline__ void load(uint32_t tile, int valid, bool aligned, int lane) {
-    if (aligned) {
-      load_aligned(tile, valid, lane);
-    } else {
-      load_unaligned(tile, valid, lane);
-    }
-    source += kChunk * stride;
+  static __device__ __forceinline__ Source load(uint32_t place) {
+    const uint4 x = load_shared_uint4(place);
+    return {.rows = reinterpret_cast<const char*>(static_cast<uint64_t>(x.y) << 32 | x.x),
+            .stride = static_cast<int64_t>(static_cast<uint64_t>(x.w) << 32 | x.z)};
   }
 };
 
-template <class GElem>
-__device__ void load_role(const PrefillParams& p, const SharedMap<GElem>& shared, const Sequence& sequence, int head) {
-  using S = Slot<GElem>;
-  using Loader = TileLoader<__nv_bfloat16>;
-  const int lane = threadIdx.x % 32;
-  const int qk_head = head / p.heads_per_qk;
-  Loader q(row_pointer<__nv_bfloat16>(p.q, sequence, qk_head), p.q.token_stride, lane);
-  Loader k(row_pointer<__nv_bfloat16>(p.k, sequence, qk_head), p.k.token_stride, lane);
-  Loader v(row_pointer<__nv_bfloat16>(p.v, sequence, head), p.v.token_stride, lane);
-  TileLoader<GElem> g(row_pointer<GElem>(p.g, sequence, head), p.g.token_stride, lane);
+// For rows that do not start at a multiple of 16 bytes.
+template <class Elem>
+__device__ __forceinline__ void copy_unaligned(uint32_t to, const char* from, bool inside) {
+  constexpr int kElems = 16 / sizeof(Elem);
+  alignas(16) Elem piece[kElems] = {};
+  if (inside) {
+    const auto* values = reinterpret_cast<const Elem*>(from);
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) piece[e] = values[e];
+  }
+  store_shared_uint4(to, *reinterpret_cast<const uint4*>(piece));
+}
 
+// A warp's way through the chunks: eight lanes copy 128 consecutive bytes of a token to a row, a piece of 16 bytes each.
+template <class GElem>
+struct ChunkLoader {
+  using S = Slot<GElem>;
+  static_assert(kStateWarps == 4 * kTiles && S::kK == kPanelBytes && S::kV == 2 * kPanelBytes && S::kG == 3 * kPanelBytes,
+                "a warp's tensor is the panel of its number");
+  static constexpr int kGate = 3;
+  static constexpr int kStep = 4;  // tokens a warp copies at a time
+
+  const char* from;  // the lane's first piece in the next chunk
+  int64_t stride;    // of a token, in bytes
+  int token = 0;     // the next chunk's first
   RingPosition ring{.slot = 0, .parity = 0};
-  for (int token = 0; token < sequence.length; token += kChunk) {
-    const int valid = min(sequence.length - token, kChunk);
-    const uint32_t slot = shared.slot(ring.slot);
+
+  __device__ __forceinline__ ChunkLoader(const PrefillParams& p, const Sequence& sequence, int head, int warp, int lane) {
+    const int tensor = warp % 4;
+    const TokenTensor& x = tensor == 0 ? p.q : tensor == 1 ? p.k : tensor == 2 ? p.v : p.g;
+    const int width = tensor == kGate ? sizeof(GElem) : sizeof(__nv_bfloat16);
+    const int64_t x_head = tensor < 2 ? head / p.heads_per_qk : head;
+    stride = x.token_stride * width;
+    from = static_cast<const char*>(x.data) +
+           (sequence.batch * x.batch_stride + sequence.begin * x.token_stride + x_head * x.head_stride) * width +
+           first_row(warp, lane) * stride + lane % 8 * 16;
+  }
+
+  static __device__ __forceinline__ int first_row(int warp, int lane) { return warp / 4 * kTile + lane / 8; }
+
+  // Tokens from `valid` on become zeros and are never read. `copy` takes a piece's place, its source and whether there is
+  // one.
+  template <class Elem, class Copy>
+  __device__ __forceinline__ void for_each_piece(uint32_t panel, int valid, int warp, int lane, Copy copy) const {
+    constexpr int kRows = kHeadDim * sizeof(Elem) / kRowBytes;  // of a token
+    const int row = first_row(warp, lane);
+    const uint32_t to = panel + swizzled(row, lane % 8);
+    const char* source = from;
+#pragma unroll
+    for (int i = 0; i < kTile / kStep; ++i) {
+      const bool inside = row + i * kStep < valid;
+      const uint32_t place = (to ^ i % 2 * 64) + i * kStep * kRowBytes;  // four tokens on, the unit's third bit is flipped
+#pragma unroll
+      for (int part = 0; part < kRows; ++part) copy(place + part * kHalfBytes, source + part * kRowBytes, inside);
+      source += kStep * stride;
+    }
+  }
+
+  template <class Elem>
+  __device__ __forceinline__ void copy_tile(uint32_t panel, int valid, bool aligned, int warp, int lane) const {
+    if (aligned) {
+      for_each_piece<Elem>(panel, valid, warp, lane, cp_async_16);
+    } else {
+      for_each_piece<Elem>(panel, valid, warp, lane, copy_unaligned<Elem>);
+    }
+  }
+
+  // Starts the next chunk's way into its slot, if there is one.
+  __device__ __forceinline__ void load_next(const SharedMap<GElem>& shared, int length, bool aligned, int warp, int lane) {
+    if (token >= length) return;
+    const uint32_t panel = shared.slot(ring.slot) + warp % 4 * kPanelBytes;
     await_reuse(shared, ring);
-    k.load(slot + S::kK, valid, p.inputs_aligned, lane);
-    q.load(slot + S::kQ, valid, p.inputs_aligned, lane);
-    g.load(slot + S::kG, valid, p.inputs_aligned, lane);
-    v.load(slot + S::kV, valid, p.inputs_aligned, lane);
-    if (p.inputs_aligned) {
+    if (sizeof(GElem) == 2 || warp % 4 != kGate) {
+      copy_tile<__nv_bfloat16>(panel, length - token, aligned, warp, lane);
+    } else {
+      copy_tile<GElem>(panel, length - token, aligned, warp, lane);
+    }
+    if (aligned) {
       barrier_arrive_after_cp_async(shared.raw_ready(ring.slot));
     } else {
       barrier_arrive(shared.raw_ready(ring.slot));
     }
-    ring.advance(1, shared.num_slots);
+    ring.advance(1, shared.ring.num_slots);
+    token += kChunk;
+    from += kChunk * stride;
   }
-}
+};
 
 }  // namespace kda::prefill

@@ -22,7 +22,8 @@ constexpr int kChannelTiles = kHeadDim / 8;
 constexpr int kTokenTiles = kChunk / 8;
 
 using StateFragment = float[kChannelTiles][4];  // S [16 rows of V, 128 channels]
-using TokenFragment = float[kTokenTiles][4];    // [16 rows of V, 16 tokens]
+using TokenFragment = float[kTokenTiles][4];    // [16 rows of V, 32 tokens]
+using TokenOperand = uint32_t[kTiles][4];       // the same in bf16, as A operands of 16 tokens
 
 // The bf16 A operand of 16 rows and 16 columns from two neighbouring accumulator tiles.
 __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
@@ -32,45 +33,79 @@ __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&low
   a[3] = pack_bf16(high[2], high[3]);
 }
 
-// Calls f(n, x, offset of the first element, distance to the second) for the pairs of channels a lane holds.
+__device__ __forceinline__ void pack_tokens(TokenOperand& a, const TokenFragment& x) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) pack_operand(a[tile], x[2 * tile], x[2 * tile + 1]);
+}
+
+// Calls f(n, x, row, channel) for the pairs of channels a lane holds.
 template <class F>
-__device__ __forceinline__ void for_each_pair(bool v_first, int warp, int lane, F f) {
+__device__ __forceinline__ void for_each_pair(int warp, int lane, F f) {
 #pragma unroll
   for (int n = 0; n < kChannelTiles; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp * kRowsPerStateWarp + 8 * half + lane / 4;
-      const int channel = 8 * n + 2 * (lane % 4);
-      f(n, 2 * half, v_first ? row * kHeadDim + channel : channel * kHeadDim + row, v_first ? 1 : kHeadDim);
+      f(n, 2 * half, warp * kRowsPerStateWarp + 8 * half + lane / 4, 8 * n + 2 * (lane % 4));
     }
   }
 }
 
+// Two neighbouring elements at an address that is a multiple of both their sizes.
+__device__ __forceinline__ float2 load_pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* x) {
+  return unpack_bf16(*reinterpret_cast<const uint32_t*>(x));
+}
+__device__ __forceinline__ void store_pair(float* x, float low, float high) {
+  *reinterpret_cast<float2*>(x) = make_float2(low, high);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* x, float low, float high) {
+  *reinterpret_cast<uint32_t*>(x) = pack_bf16(low, high);
+}
+
+template <class Elem>
+__device__ __forceinline__ bool pairs_aligned(const Elem* state) {
+  return reinterpret_cast<uintptr_t>(state) % (2 * sizeof(Elem)) == 0;
+}
+
 template <class Elem>
 __device__ __forceinline__ void load_state(StateFragment& s, const Elem* state, bool v_first, int warp, int lane) {
-  for_each_pair(v_first, warp, lane, [&](int n, int x, int offset, int step) {
-    s[n][x] = static_cast<float>(state[offset]);
-    s[n][x + 1] = static_cast<float>(state[offset + step]);
-  });
+  if (v_first && pairs_aligned(state)) {
+    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+      const float2 pair = load_pair(state + row * kHeadDim + channel);
+      s[n][x] = pair.x;
+      s[n][x + 1] = pair.y;
+    });
+  } else {
+    const int row_step = v_first ? kHeadDim : 1, channel_step = v_first ? 1 : kHeadDim;
+    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+      const Elem* first = state + row * row_step + channel * channel_step;
+      s[n][x] = static_cast<float>(first[0]);
+      s[n][x + 1] = static_cast<float>(first[channel_step]);
+    });
+  }
 }
 
 template <class Elem>
 __device__ __forceinline__ void store_state(const StateFragment& s, Elem* state, bool v_first, int warp, int lane) {
-  for_each_pair(v_first, warp, lane, [&](int n, int x, int offset, int step) {
-    state[offset] = static_cast<Elem>(s[n][x]);
-    state[offset + step] = static_cast<Elem>(s[n][x + 1]);
-  });
+  if (v_first && pairs_aligned(state)) {
+    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+      store_pair(state + row * kHeadDim + channel, s[n][x], s[n][x + 1]);
+    });
+  } else {
+    const int row_step = v_first ? kHeadDim : 1, channel_step = v_first ? 1 : kHeadDim;
+    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+      Elem* first = state + row * row_step + channel * channel_step;
+      first[0] = static_cast<Elem>(s[n][x]);
+      first[channel_step] = static_cast<Elem>(s[n][x + 1]);
+    });
+  }
 }
 
-// Per lane: the decays of its channels, pairs in the order of the tiles.
-using TotalFragment = float4[kChannelTiles / 2];
-
-__device__ __forceinline__ void load_total(TotalFragment& total, uint32_t list) {
+// S diag(total); `list` is the lane's own list of decays.
+__device__ __forceinline__ void decay_state(StateFragment& s, uint32_t list) {
+  float4 total[kChannelTiles / 2];  // two pairs of channels each, in the order of the tiles
 #pragma unroll
   for (int i = 0; i < kChannelTiles / 2; ++i) total[i] = load_shared_float4(list + 16 * i);
-}
-
-__device__ __forceinline__ void decay_state(StateFragment& s, const TotalFragment& total) {
 #pragma unroll
   for (int n = 0; n < kChannelTiles; ++n) {
     const float low = n % 2 ? total[n / 2].z : total[n / 2].x, high = n % 2 ? total[n / 2].w : total[n / 2].y;
@@ -79,44 +114,48 @@ __device__ __forceinline__ void decay_state(StateFragment& s, const TotalFragmen
   }
 }
 
+// v^T of the warp's 16 columns, as ldmatrix gives it per tile.
+using ValueFragment = uint32_t[kTiles][4];
+
 // U0^T = diag(beta) (V - P)^T; v^T by ldmatrix.
-__device__ __forceinline__ void residual(TokenFragment& u0, const TokenFragment& projected, const uint32_t (&v)[4],
+__device__ __forceinline__ void residual(TokenFragment& u0, const TokenFragment& projected, const ValueFragment& v,
                                          const float2 (&beta)[kTokenTiles]) {
 #pragma unroll
   for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 value = unpack_bf16(v[2 * half + n]);  // rows 8 half .., tokens 8 n ..
+      const float2 value = unpack_bf16(v[n / 2][2 * half + n % 2]);  // rows 8 half .., tokens 8 n ..
       u0[n][2 * half] = beta[n].x * (value.x - projected[n][2 * half]);
       u0[n][2 * half + 1] = beta[n].y * (value.y - projected[n][2 * half + 1]);
     }
   }
 }
 
-// o of the warp's 16 columns: transposed in registers, gathered to 16-byte pieces through the warp's own columns of
-// the v tile (read before, by this warp alone), written row by row. (Writing the 4-byte pairs of the transposed
-// fragment straight to global memory was slower: half-filled sectors, and address arithmetic in the chain.)
-__device__ __forceinline__ void store_output(const PrefillParams& p, const TokenFragment& o, uint32_t columns,
+// o of the warp's 16 columns: transposed and gathered to 16-byte pieces through the warp's own columns of a panel, then
+// written row by row. (Writing the 4-byte pairs of the transposed fragment straight to global memory was slower:
+// half-filled sectors, and address arithmetic in the chain.)
+__device__ __forceinline__ void store_output(const PrefillParams& p, const TokenFragment& o, uint32_t columns, int first_unit,
                                              __nv_bfloat16* rows, int valid, int lane) {
 #pragma unroll
-  for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      store_shared(columns + 4 * lane + half * kUnitBytes + n * kHalfUnitBytes,
-                   movmatrix_trans(pack_bf16(o[n][2 * half], o[n][2 * half + 1])));
-    }
+  for (int tile = 0; tile < kTiles; ++tile) {
+    uint32_t rows[4];
+    pack_operand(rows, o[2 * tile], o[2 * tile + 1]);
+    stmatrix_x4_trans(columns + tile * kTileRows + swizzled(lane / 16 * 8 + lane % 8, first_unit + lane / 8 % 2), rows);
   }
   __syncwarp();
-  const int token = lane / 2, unit = lane % 2;
-  const uint4 piece = load_shared_uint4(columns + unit * kUnitBytes + token * 16);
-  if (token >= valid) return;
-  __nv_bfloat16* destination = rows + token * p.out.token_stride + 8 * unit;
-  if (p.out_aligned) {
-    *reinterpret_cast<uint4*>(destination) = piece;
-  } else {
-    const auto* values = reinterpret_cast<const __nv_bfloat16*>(&piece);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) destination[e] = values[e];
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int token = tile * kTile + lane / 2, unit = lane % 2;
+    const uint4 piece = load_shared_uint4(columns + swizzled(token, first_unit + unit));
+    if (token >= valid) return;
+    __nv_bfloat16* destination = rows + token * p.out.token_stride + 8 * unit;
+    if (p.out_aligned) {
+      *reinterpret_cast<uint4*>(destination) = piece;
+    } else {
+      const auto* values = reinterpret_cast<const __nv_bfloat16*>(&piece);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) destination[e] = values[e];
+    }
   }
 }
 
@@ -128,6 +167,13 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
   auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + warp * kRowsPerStateWarp;
   const int64_t state_offset = state_index * kHeadDim * kHeadDim;
 
+  ChunkLoader<GElem> loader(p, sequence, head, warp, lane);
+  // All slots but one are loaded before the first chunk, then, during each chunk, the one consumed last.
+#pragma unroll 1
+  for (int slot = 1; slot < shared.ring.num_slots; ++slot) {
+    loader.load_next(shared, sequence.length, p.inputs_aligned, warp, lane);
+  }
+
   StateFragment s = {};
   if (p.initial_state.data != nullptr) {
     if (p.initial_state.dtype == FloatKind::kFloat32) {
@@ -138,37 +184,46 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
     }
   }
 
-  const uint32_t v_columns = S::kV + warp * kBlockBytes;
+  // The warp's two units of v and o.
+  const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
   const uint32_t beta_lane = S::kBeta + lane % 4 * 8;
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
   RingPosition ring{.slot = 0, .parity = 0};
   for (int token = 0; token < sequence.length; token += kChunk, out += kChunk * p.out.token_stride) {
     const uint32_t slot = shared.slot(ring.slot);
+    loader.load_next(shared, sequence.length, p.inputs_aligned, warp, lane);
     barrier_wait(shared.raw_ready(ring.slot), ring.parity);
     barrier_wait(shared.factors_ready(ring.slot), ring.parity);
 
     TokenFragment projected = {}, o = {}, u;
-    TotalFragment total;
-    uint32_t operand[4], v[4];
-    ldmatrix_x4_trans(v, slot + v_columns + ldmatrix_lane_offset(lane));
-    const float2 beta[kTokenTiles] = {load_shared_float2(slot + beta_lane), load_shared_float2(slot + beta_lane + 32)};
+    TokenOperand operand;
+    ValueFragment v;
+    float2 beta[kTokenTiles];
     Engine engine(lane);
     engine.read_state(projected, o, s, slot + S::kK, slot + S::kQ);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      ldmatrix_x4_trans(v[tile], slot + S::kV + v_half + tile * kTileRows + block_rows(warp % kHalfBlocks, lane));
+    }
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) beta[n] = load_shared_float2(slot + beta_lane + n * 32);
     engine.wait_projected(projected);
     residual(u, projected, v, beta);
-    pack_operand(operand, u[0], u[1]);
+    pack_tokens(operand, u);
     engine.multiply_pairs(u, operand, slot + S::kTInv);
-    load_total(total, slot + total_lane);
     engine.wait(u, o, s);
-    pack_operand(operand, u[0], u[1]);
-    decay_state(s, total);  // not sooner: touching S would end the products in flight
-    engine.update_state(s, operand, slot + S::kKsuf);
+    pack_tokens(operand, u);
+    decay_state(s, slot + total_lane);  // not sooner: touching S would end the products in flight
+    engine.template update_state<S>(s, operand, slot);
     engine.multiply_pairs(o, operand, slot + S::kAqk);
     engine.wait(u, o, s);
-    __syncwarp();  // every lane has its v: the columns may take o
-    store_output(p, o, slot + v_columns, out, min(sequence.length - token, kChunk), lane);
-    barrier_arrive(shared.slot_free(ring.slot));
-    ring.advance(1, shared.num_slots);
+    const bool has_stage = shared.ring.has_stage;
+    if (has_stage) barrier_arrive(shared.slot_free(ring.slot));
+    __syncwarp();  // every lane has its v, and the last chunk's o
+    store_output(p, o, (has_stage ? shared.stage() : slot + S::kV) + v_half, first_unit, out,
+                 min(sequence.length - token, kChunk), lane);
+    if (!has_stage) barrier_arrive(shared.slot_free(ring.slot));
+    ring.advance(1, shared.ring.num_slots);
   }
 
   if (p.final_state.data == nullptr) return;

@@ -1,21 +1,20 @@
 // The prefill kernels' sizes, shared-memory map and barriers, for host and device alike.
 //
-// A CTA owns one (sequence, value head) and walks its chunks of 16 tokens through a ring of slots:
+// A CTA owns one (sequence, value head) and walks its chunks of 32 tokens, two tiles of 16, through a ring of slots:
 //
-//   state warps     S in registers, 16 rows of V each; o and the next S                    (state.cuh)
-//   factor warps    gate, decay tree, Akk, Aqk, T_inv; each warp takes every seventh chunk  (factors.cuh)
-//   load warp       q, k, g, v of a chunk -> slot                                          (load.cuh)
+//   state warps     load chunks into slots; S in registers, 16 rows of V each; o and the next S      (load.cuh, state.cuh)
+//   factor pairs    gate, decay tree, Akk, Aqk, T_inv; a warp per tile, pairs take chunks in turn    (factors.cuh)
 //
-//   barrier        arrives                        waits                arrivals
-//   SlotFree       state warps, chunk consumed    load, factor warps   32 kStateWarps
-//   RawReady       load warp                      factor, state warps  32
-//   FactorsReady   the chunk's factor warp        all of them          32
-// Every lane arrives for what it has read and written itself. Load and factor warps wait for the slot's last chunk,
-// state warps for its present one.
+//   barrier        arrives                             waits           arrivals
+//   RawReady       state warps, q, k, g, v in the slot both            32 kStateWarps
+//   FactorsReady   the chunk's factor pair             both            32 kTiles
+//   SlotFree       state warps, chunk consumed         both            32 kStateWarps
+// Every lane arrives for what it has read and written itself. A slot is loaded again once its last chunk has been
+// consumed.
 //
-// A slot is reused in place: a lane of the factor warp reads its elements of q, k, g into registers before it writes
+// A slot is reused in place: a lane of a factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
-// only reader of its 16 columns of v and passes o through them once it has read them.
+// only reader of its 16 columns of v and, where there is no room for a stage, passes o through them.
 #pragma once
 
 #include <cstdint>
@@ -25,27 +24,42 @@
 
 namespace kda::prefill {
 
-constexpr int kChunk = 16;  // one MMA tile: every level of the decay tree stays inside a warp's fragments
+constexpr int kTile = 16;  // tokens of an MMA tile: every level of the decay tree stays inside a warp's fragments
+constexpr int kTiles = 2;  // of a chunk; the state chain's latency and its work on S are per chunk
+constexpr int kChunk = kTiles * kTile;
 constexpr int kStateWarps = 8;
-constexpr int kFactorWarps = 7;
-constexpr int kThreads = 32 * (kStateWarps + kFactorWarps + 1);  // 512: 128 registers a thread
+constexpr int kFactorPairs = 4;
+constexpr int kFactorWarps = kTiles * kFactorPairs;
+constexpr int kThreads = 32 * (kStateWarps + kFactorWarps);  // 512: 128 registers a thread
 constexpr int kRowsPerStateWarp = kHeadDim / kStateWarps;
 static_assert(kRowsPerStateWarp == 16, "a state warp holds one MMA tile of rows");
 
-// More slots than this no longer hide anything: seven being prepared, the others loading or waiting to be consumed.
-constexpr int kMaxSlots = 12;
-constexpr int kMinSlots = 2;
+// More slots than this no longer hide anything: four being prepared, the others loading or waiting to be consumed.
+constexpr int kMaxSlots = 6;
+constexpr int kMinSlots = 2;  // one is loaded while another is consumed
 
-// A tile [16 tokens, columns] lies in shared memory in units of eight columns, token after token, a row's width apart:
-//   offset(token, column) = (column / 8) * 17 * w + token * w + (column % 8) * w / 8,   w = bytes of eight elements.
-// In bf16, eight tokens of eight columns are then 128 consecutive bytes, which is what one 8 x 8 matrix of ldmatrix,
-// of an MMA fragment (lane l at byte 4 l) and of an unswizzled wgmma operand want; and with the odd row between units a
-// warp that holds a pair of columns per lane finds its 64 columns of a token in 32 different banks.
-constexpr int kUnitBytes = (kChunk + 1) * 16;  // eight bf16 columns
-constexpr int kHalfUnitBytes = 8 * 16;         // of eight tokens
-constexpr int kBlockBytes = 2 * kUnitBytes;  // sixteen columns, an MMA's depth
-constexpr int kTileBytes = kHeadDim / 8 * kUnitBytes;  // [16, 128]
-constexpr int kPairBytes = kChunk / 8 * kUnitBytes;    // [16, 16]
+// A bf16 panel [32 tokens, 128 columns] lies in shared memory as two halves of 64 columns, a row of 128 bytes per token,
+// the eight units (of 16 bytes, eight columns) of a row permuted by the token: the 128-byte swizzle of wgmma. A warp that
+// reads 64 columns of a token, eight rows of one unit (ldmatrix), or copies a row from global memory finds every bank once.
+constexpr int kRowBytes = 128;
+constexpr int kGroupRows = 8 * kRowBytes;           // eight tokens, the permutation's period
+constexpr int kTileRows = kTile * kRowBytes;
+constexpr int kHalfBytes = kChunk * kRowBytes;      // [32, 64]
+constexpr int kPanelBytes = 2 * kHalfBytes;         // [32, 128]
+constexpr int kHalves = 2;
+constexpr int kHalfChannels = kHeadDim / kHalves;
+constexpr int kHalfBlocks = kHalfChannels / 16;     // an MMA's depth is sixteen columns
+__device__ __forceinline__ uint32_t swizzled(int row, int unit) { return row * kRowBytes + (unit ^ row % 8) * 16; }
+
+// T_inv and Aqk [32, 32]: units of eight columns, row after row, an odd row between them. Eight rows of a unit are 128
+// consecutive bytes: one 8 x 8 matrix of ldmatrix, of an MMA fragment (lane l at byte 4 l) and of an unswizzled wgmma
+// operand.
+constexpr int kPairUnit = (kChunk + 1) * 16;
+constexpr int kPairGroup = 8 * 16;            // eight rows
+constexpr int kPairTile = 2 * kPairGroup;     // a tile's rows
+constexpr int kPairBlock = 2 * kPairUnit;     // a tile's columns
+constexpr int kPairBytes = kChunk / 8 * kPairUnit;
+constexpr int kPairDiagonal = kPairBlock + kPairTile;  // from pairs inside the first tile to pairs inside the second
 
 // The decay of a chunk per channel, in the order in which a state lane wants it: the pairs of channels of lane % 4 side
 // by side, and an odd 16 bytes between the four lists so that they lie in different banks.
@@ -55,61 +69,98 @@ __device__ __forceinline__ uint32_t total_offset(int channel) {
   return channel % 8 / 2 * kTotalList + channel / 8 * 8;
 }
 
-// Byte offsets in a slot.
+// Byte offsets in a slot. An fp32 gate has rows of 32 channels in the same manner, four of them a token. Ksuf takes the
+// place of the gate; where that is fp32, half a panel of Ksuf covers the first of the two rows that a token has for these
+// channels.
 template <class GElem>
 struct Slot {
-  static constexpr bool kGateInPlace = sizeof(GElem) == 2;  // an fp32 gate tile is too wide for Ksuf to follow it
-  static constexpr int kGateScale = sizeof(GElem) / 2;  // the gate tile's offsets in those of a bf16 tile
-  static constexpr int kGateBytes = kTileBytes * kGateScale;
-  static constexpr int kQ = 0;                // q, then Qpre
-  static constexpr int kK = kQ + kTileBytes;  // k, then Kpre
-  static constexpr int kV = kK + kTileBytes;  // v, then o
-  static constexpr int kG = kV + kTileBytes;
-  static constexpr int kKsuf = kGateInPlace ? kG : kG + kGateBytes;
-  static constexpr int kTInv = kKsuf + kTileBytes;  // T_inv below its diagonal
+  static constexpr int kGateScale = sizeof(GElem) / 2;
+  static constexpr int kQ = 0;                 // q, then Qpre
+  static constexpr int kK = kQ + kPanelBytes;  // k, then Kpre
+  static constexpr int kV = kK + kPanelBytes;  // v, then o
+  static constexpr int kG = kV + kPanelBytes;  // g, then Ksuf
+  static constexpr int kKsuf = kG;
+  static constexpr int kKsufHalf = kHalfBytes * kGateScale;
+  static constexpr int kTInv = kG + kPanelBytes * kGateScale;  // T_inv below its diagonal
   static constexpr int kAqk = kTInv + kPairBytes;
-  static constexpr int kTotal = kAqk + kPairBytes;   // [128] fp32, by total_offset()
-  static constexpr int kBeta = kTotal + kTotalBytes;  // [16] fp32
-  static constexpr int kBytes = (kBeta + kChunk * 4 + 127) / 128 * 128;
+  static constexpr int kTotal = kAqk + kPairBytes;    // [128] fp32, by total_offset()
+  static constexpr int kBeta = kTotal + kTotalBytes;  // [32] fp32
+  static constexpr int kBytes = (kBeta + kChunk * 4 + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
 };
 
-// A factor warp's own room. First it holds k exp(-G) of half the channels, then, once the products are in registers,
-// Akk transposed in fp32: rows padded to 20 words, so that the four token pairs of a warp's store fall into different
-// banks while float4 loads stay aligned.
-constexpr int kHalfTileBytes = kTileBytes / 2;
+// A factor pair's own room, and in it each tile's: k exp(-G) of half the channels, swizzled; in its place, once the
+// products are in registers, Akk transposed in fp32, with rows padded to 20 words, so that the four token pairs of a
+// warp's store fall into different banks while float4 loads stay aligned; per token the factors on q and on k, fp32.
 constexpr int kScratchRow = 20;
-constexpr int kAkkBytes = kChunk * kScratchRow * 4;
-constexpr int kNormOffset = kHalfTileBytes > kAkkBytes ? kHalfTileBytes : kAkkBytes;
-constexpr int kScratchBytes = kNormOffset + kChunk * 8;  // and per token the factors on q and on k, fp32
+static_assert(kTile * kScratchRow * 4 <= kTileRows, "Akk fits");
+struct Scratch {
+  static constexpr int kNorms = kTileRows;
+  static constexpr int kTileBytes = kNorms + kTile * 8;
+  // Of the second tile, in this chunk and the pair's next; that of the first starts out in the slot.
+  static constexpr int kTotal = kTiles * kTileBytes;
+  static constexpr int kBytes = (kTotal + 2 * kTotalBytes + 127) / 128 * 128;
+};
 
 // Before the slots: what lives as long as the CTA.
 struct Fixed {
-  static constexpr int kBarriers = 0;  // SlotFree, RawReady, FactorsReady of each slot
-  static constexpr int kBias = 512;    // [128] fp32: dt_bias in the gate's units
+  static constexpr int kBarriers = 0;              // SlotFree, RawReady, FactorsReady of each slot
+  static constexpr int kBeta = 3 * kMaxSlots * 8;  // Source of beta
+  static constexpr int kGate = kBeta + 16;         // GateScale
+  static constexpr int kBias = 256;                // [128] fp32: dt_bias in the gate's units
   static constexpr int kScratch = kBias + kHeadDim * 4;
-  static constexpr int kBytes = (kScratch + kFactorWarps * kScratchBytes + 127) / 128 * 128;
-  static_assert(3 * kMaxSlots * 8 <= kBias, "the barriers fit before the bias");
+  static constexpr int bytes(int num_pairs) { return (kScratch + num_pairs * Scratch::kBytes + 1023) / 1024 * 1024; }
+  static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kScratch % 128 == 0, "all that fits before the bias");
+};
+
+// How a CTA divides its shared memory.
+struct Ring {
+  int num_slots;
+  int num_pairs;
+  int first_slot;  // bytes before it
+  bool has_stage;  // a panel behind the slots for o; without it o passes through v's
 };
 
 template <class GElem>
-constexpr int shared_bytes(int num_slots) {
-  return Fixed::kBytes + num_slots * Slot<GElem>::kBytes;
+constexpr int shared_bytes(Ring ring) {
+  return ring.first_slot + ring.num_slots * Slot<GElem>::kBytes + (ring.has_stage ? kPanelBytes : 0);
+}
+
+// As many factor pairs and slots as fit into `limit` bytes, a slot more than pairs: with a bf16 gate 4 and 5 in 227 KB, 2
+// and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 3 and 4, 2 and 3, 1 and 2. No slots if it
+// cannot be.
+template <class GElem>
+constexpr Ring fit_ring(int limit) {
+  for (int pairs = kFactorPairs; pairs > 0; --pairs) {
+    const int fitting = (limit - Fixed::bytes(pairs)) / Slot<GElem>::kBytes;
+    const int slots = fitting < kMaxSlots ? fitting : kMaxSlots;
+    if (slots > pairs && slots >= kMinSlots) {
+      const int first_slot = Fixed::bytes(pairs);
+      return {.num_slots = slots,
+              .num_pairs = pairs,
+              .first_slot = first_slot,
+              .has_stage = first_slot + slots * Slot<GElem>::kBytes + kPanelBytes <= limit};
+    }
+  }
+  return {.num_slots = 0, .num_pairs = 0, .first_slot = 0, .has_stage = false};
 }
 
 // Shared-memory addresses of one CTA.
 template <class GElem>
 struct SharedMap {
   uint32_t base;
-  int num_slots;
+  Ring ring;
 
+  __device__ __forceinline__ uint32_t slot(int index) const {
+    return base + ring.first_slot + index * Slot<GElem>::kBytes;
+  }
+  __device__ __forceinline__ uint32_t stage() const { return slot(ring.num_slots); }
   __device__ __forceinline__ uint32_t slot_free(int slot) const { return base + Fixed::kBarriers + slot * 8; }
   __device__ __forceinline__ uint32_t raw_ready(int slot) const { return slot_free(slot) + kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t factors_ready(int slot) const { return slot_free(slot) + 2 * kMaxSlots * 8; }
+  __device__ __forceinline__ uint32_t beta() const { return base + Fixed::kBeta; }
+  __device__ __forceinline__ uint32_t gate() const { return base + Fixed::kGate; }
   __device__ __forceinline__ uint32_t bias() const { return base + Fixed::kBias; }
-  __device__ __forceinline__ uint32_t scratch(int warp) const { return base + Fixed::kScratch + warp * kScratchBytes; }
-  __device__ __forceinline__ uint32_t slot(int index) const {
-    return base + Fixed::kBytes + index * Slot<GElem>::kBytes;
-  }
+  __device__ __forceinline__ uint32_t scratch(int pair) const { return base + Fixed::kScratch + pair * Scratch::kBytes; }
 };
 
 // Where a role stands in the ring.
@@ -135,8 +186,12 @@ __device__ __forceinline__ void await_reuse(const SharedMap<GElem>& shared, cons
   barrier_wait(shared.slot_free(ring.slot), ring.parity ^ 1);
 }
 
-// What a lane names to ldmatrix_x4 for a 16 x 16 block of a bf16 tile; the four registers then hold
-// (tokens 0-7, columns 0-7), (tokens 8-15, columns 0-7), (tokens 0-7, columns 8-15), (tokens 8-15, columns 8-15).
-__device__ __forceinline__ uint32_t ldmatrix_lane_offset(int lane) { return lane / 16 * kUnitBytes + lane % 16 * 16; }
+// What a lane names to ldmatrix_x4 for a 16 x 16 block of a swizzled half panel, `block` counted inside the half, or of a
+// [32, 32] matrix; the four registers then hold
+// (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7, columns 8-15), (rows 8-15, columns 8-15).
+__device__ __forceinline__ uint32_t block_rows(int block, int lane) {
+  return swizzled(lane % 16, lane / 16) ^ block * 32;
+}
+__device__ __forceinline__ uint32_t pair_block_rows(int lane) { return lane / 16 * kPairUnit + lane % 16 * 16; }
 
 }  // namespace kda::prefill
