@@ -4,15 +4,15 @@ Every public name is handed on to the kernel package that `hf_layer.load_kernel(
 a name; importing this module loads nothing and asks nobody. flash-linear-attention finds it by its name and
 calls `flash_kda.fwd` from its own `chunk_kda` (FLA_FLASH_KDA=0 turns that off).
 
-Without a kernel, on a machine without a GPU for instance, `chunk_kda`, `layers` and `reference` are still
-there: the same calls with the same signatures, which run the reference. bfloat16 CUDA tensors, which only the
+Without a kernel, on a machine without a GPU for instance, `chunk_kda`, `fused_recurrent_kda`,
+`fused_kda_decode`, `layers` and `reference` are still there: the same calls with the same signatures, which run the reference. bfloat16 CUDA tensors, which only the
 kernel serves at speed, are then a RuntimeError, and `fwd`, which is the kernel, an ImportError; both say why
 nothing could be loaded.
 """
 
 from __future__ import annotations
 
-__all__ = ["chunk_kda", "fwd", "layers", "reference"]
+__all__ = ["chunk_kda", "fused_kda_decode", "fused_recurrent_kda", "fwd", "layers", "reference"]
 
 
 def __getattr__(name: str):
@@ -29,9 +29,15 @@ def __getattr__(name: str):
         raise ImportError(
             f"flash_kda.fwd needs the kernel, and none could be loaded: {load.reason}", name=__name__
         )
-    from hf_layer import api, hub_layers, reference
+    from hf_layer import api, decode, fused_decode, hub_layers, reference
 
-    return {"chunk_kda": api.chunk_kda, "layers": hub_layers, "reference": reference}[name]
+    return {
+        "chunk_kda": api.chunk_kda,
+        "fused_kda_decode": fused_decode.fused_kda_decode,
+        "fused_recurrent_kda": decode.fused_recurrent_kda,
+        "layers": hub_layers,
+        "reference": reference,
+    }[name]
 
 
 def __dir__() -> list[str]:

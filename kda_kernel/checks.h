@@ -52,14 +52,15 @@ inline void check_shape(const Tensor& x, const char* name, const char* meaning, 
   STD_TORCH_CHECK(same, name, ": expected shape ", meaning, " = ", bracketed(expected), ", got ", bracketed(sizes));
 }
 
-inline void check_device(const Tensor& x, const char* name, int32_t device) {
+// `device` is the index of the argument called `as`.
+inline void check_device(const Tensor& x, const char* name, int32_t device, const char* as = "q") {
   if constexpr (kServesCpu) {
     STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor, got one on another device type");
     return;
   }
   STD_TORCH_CHECK(x.is_cuda(), name, ": expected a CUDA tensor, got one on another device type");
-  STD_TORCH_CHECK(x.get_device_index() == device, name, ": expected device cuda:", device, " as q, got cuda:",
-                  static_cast<int>(x.get_device_index()));
+  STD_TORCH_CHECK(x.get_device_index() == device, name, ": expected device cuda:", device, " as ", as,
+                  ", got cuda:", static_cast<int>(x.get_device_index()));
 }
 
 inline void check_last_dim_contiguous(const Tensor& x, const char* name) {
@@ -79,6 +80,17 @@ inline void check_no_overlap(const Tensor& x, const char* name) {
   }
 }
 
+// An output that shares no memory with an input. Looks at dense tensors alone: of two strided ones whose ranges overlap,
+// as slices of one buffer do, it can't tell.
+inline void check_apart(const Tensor& output, const char* name, const Tensor& input, const char* input_name) {
+  const auto* begin = static_cast<const char*>(output.data_ptr());
+  const auto* other = static_cast<const char*>(input.data_ptr());
+  const auto bytes = [](const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); };
+  const bool overlap = begin < other + bytes(input) && other < begin + bytes(output);
+  STD_TORCH_CHECK(!overlap || !output.is_contiguous() || !input.is_contiguous(), name,
+                  ": expected memory apart from that of ", input_name, ", got overlapping tensors");
+}
+
 // Does every row along the last dimension start at a multiple of 16 bytes?
 inline bool rows_aligned(const Tensor& x) {
   const int64_t elements = 16 / static_cast<int64_t>(x.element_size());
@@ -87,6 +99,18 @@ inline bool rows_aligned(const Tensor& x) {
     aligned &= x.size(dim) <= 1 || x.stride(dim) % elements == 0;
   }
   return aligned;
+}
+
+// Boundaries of sequences packed along T tokens of B = 1 row; returns N. What they say is for the backend to check.
+inline int64_t check_cu_seqlens(const Tensor& x, int64_t B, int64_t T, int32_t device) {
+  check_device(x, "cu_seqlens", device);
+  check_dtype(x, "cu_seqlens", {ScalarType::Int, ScalarType::Long});
+  STD_TORCH_CHECK(x.dim() == 1 && x.numel() >= 1, "cu_seqlens: expected shape [N + 1], got ", bracketed(x.sizes()));
+  check_contiguous(x, "cu_seqlens");
+  STD_TORCH_CHECK(B == 1, "cu_seqlens: expected packed sequences with B = 1, got B = ", B);
+  const int64_t N = x.numel() - 1;
+  STD_TORCH_CHECK(N > 0 || T == 0, "cu_seqlens: expected at least one sequence for T = ", T, " tokens, got none");
+  return N;
 }
 
 }  // namespace kda

@@ -34,7 +34,8 @@ struct SequenceBounds {
   bool is_int64;
 };
 
-struct PrefillParams {
+// What prefill and decode have in common.
+struct AttentionParams {
   TokenTensor q;     // [B, T, H, K]
   TokenTensor k;     // [B, T, H, K]
   TokenTensor v;     // [B, T, HV, V]
@@ -49,8 +50,6 @@ struct PrefillParams {
 
   const float* A_log;    // [HV], null: 0
   const float* dt_bias;  // [HV, K], null: 0
-  StateTensor initial_state;
-  StateTensor final_state;
   SequenceBounds cu_seqlens;
 
   int64_t num_sequences;  // N
@@ -67,6 +66,69 @@ struct PrefillParams {
 
   bool inputs_aligned;  // every row of q, k, v, g starts at a multiple of 16 bytes
   bool out_aligned;     // every row of out does
+};
+
+struct PrefillParams : AttentionParams {
+  StateTensor initial_state;
+  StateTensor final_state;
+};
+
+// Recurrent states in slots: slot i is [HV, V, K] (v_first) or [HV, K, V], contiguous, slot_stride * i elements behind
+// data; data may be null.
+struct StatePool {
+  void* data;
+  int64_t num_slots;
+  int64_t slot_stride;
+  FloatKind dtype;
+  bool v_first;
+};
+
+// int32 or int64 [rows] or [rows, columns]; strides in elements; data may be null.
+struct IndexTensor {
+  const void* data;
+  int64_t row_stride;
+  int64_t column_stride;
+  bool is_int64;
+};
+
+struct DecodeParams : AttentionParams {
+  StatePool initial_state;          // null: zeros
+  StatePool final_state;            // N slots; null: not wanted
+  IndexTensor state_indices;        // [N] or [N, slots_per_sequence]; null: sequence n has slot n of initial_state
+  IndexTensor num_accepted_tokens;  // [N]; null: 1
+  int64_t slots_per_sequence;       // T_max: the state after token t goes to slot state_indices[n, t]; 0: only the
+                                    // state after the last token is kept
+  bool inplace;                     // kept in initial_state, in its own slot unless slots_per_sequence says where
+};
+
+// [channels, kConvTaps], contiguous, or a vector; data may be null.
+struct Weights {
+  const void* data;
+  FloatKind dtype;
+};
+
+constexpr int kConvTaps = 4;
+
+// The short convolution's last inputs, the newest last: [slots, channels, width], width 3 or 4, strides in elements.
+struct ConvState {
+  void* data;
+  int64_t slot_stride;
+  int64_t channel_stride;
+  int64_t tap_stride;
+  int32_t width;
+  FloatKind dtype;
+  bool packed;  // bf16, width 4, and the taps of a channel are eight aligned bytes
+};
+
+// One decode step of a layer between its projections: q, k and v are the convolution's inputs, out is the norm's
+// output. The channels of the convolution are those of q, of k and of v, HV * kHeadDim each.
+struct FusedDecodeParams : DecodeParams {
+  ConvState conv_state;  // in the slots of initial_state
+  Weights conv_weight;
+  Weights conv_bias;  // null: 0
+  TokenTensor norm_gate;  // [B, T, HV, V] bf16
+  Weights norm_weight;  // [V]
+  float norm_epsilon;
 };
 
 }  // namespace kda

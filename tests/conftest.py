@@ -134,3 +134,20 @@ def cpu_package(cpu_variant_dir: Path):
     from kernels import get_local_kernel
 
     return get_local_kernel(ROOT, backend="cpu")
+
+
+@pytest.fixture
+def cpu_kernel(cpu_package, cpu_variant_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same, and `hf_layer.load_kernel()` finds it on every machine, with a GPU or without."""
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/flash-kda={cpu_variant_dir}")
+    return cpu_package
+
+
+@pytest.fixture
+def hooks():
+    """A test may register, and kernelize transformers' models. Mappings, class names and function layers
+    belong to the process, and are as before when it ends."""
+    from tiny_models import clean_hooks
+
+    with clean_hooks():
+        yield

@@ -51,7 +51,14 @@ def cuda_variant(api, monkeypatch):
 
 
 def test_names(kernel_package):
-    assert sorted(kernel_package.__all__) == ["chunk_kda", "fwd", "layers", "reference"]
+    assert sorted(kernel_package.__all__) == [
+        "chunk_kda",
+        "fused_kda_decode",
+        "fused_recurrent_kda",
+        "fwd",
+        "layers",
+        "reference",
+    ]
     for name in kernel_package.__all__:
         assert hasattr(kernel_package, name)
 

@@ -20,7 +20,7 @@ from kernels._rust import Backend, Digest, DigestAlgorithm, DigestValidationErro
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_BACKEND = "cpu" if torch.version.cuda is None else "cuda"  # what torch is made for
-EXPORTS = ["chunk_kda", "fwd", "layers", "reference"]
+EXPORTS = ["chunk_kda", "fused_kda_decode", "fused_recurrent_kda", "fwd", "layers", "reference"]
 SCHEMA = (
     "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
     "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "

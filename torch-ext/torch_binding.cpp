@@ -13,6 +13,34 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
       "float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, "
       "bool allow_neg_eigval, bool state_v_first, bool portable=False) -> ()");
+  // state_indices [N] or [N, T_max], num_accepted_tokens [N] int32 or int64; with state_indices, initial_state is
+  // [slots, HV, ...], contiguous but for the first dimension. docs/decode.md says which slots are read and written.
+  ops.def(
+      "kda_decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
+      "Tensor(a!)? initial_state, Tensor? state_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, "
+      "Tensor(b!) out, Tensor(c!)? final_state, float scale, float? lower_bound, bool use_gate_in_kernel, "
+      "bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
+      "bool inplace) -> ()");
+#if !defined(CPU_KERNEL)
+  // H = HV. gate as v; conv_state [N or slots, 3 * HV * D, 3 or 4], conv_weight [3 * HV * D, 4], conv_bias
+  // [3 * HV * D], norm_weight [D] bf16 or fp32; recurrent_state as kda_decode's initial_state.
+  ops.def(
+      "kda_fused_decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor gate, Tensor? A_log, "
+      "Tensor? dt_bias, Tensor(a!) conv_state, Tensor(b!) recurrent_state, Tensor conv_weight, Tensor? conv_bias, "
+      "Tensor norm_weight, Tensor? state_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor(c!) out, "
+      "float scale, float norm_eps, float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, "
+      "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first) -> ()");
+#endif
+
+  // q|k|v have C channels together: q, k, v and the results [B, T, C_i] bf16 (on a CPU fp32, too), weight [C, W] and
+  // bias [C] bf16 or fp32, states [N, C, S] in q's dtype with S >= W - 1 in initial_state: the inputs before the first
+  // token, and the last ones. Both states may be one tensor.
+  ops.def(
+      "kda_short_conv(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!) v_out, Tensor(d!)? final_state) -> ()");
+
+  // x, gate, out [B, T, HV, 128] bf16 (on a CPU fp32, too), weight [128] bf16 or fp32; out may be x or gate.
+  ops.def("gated_rms_norm(Tensor x, Tensor gate, Tensor weight, Tensor(a!) out, float eps, bool silu=False) -> ()");
 }
 
 #if defined(CPU_KERNEL)
@@ -21,6 +49,12 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
 #endif
   ops.impl("kda_prefill", TORCH_BOX(&kda_prefill));
+  ops.impl("kda_decode", TORCH_BOX(&kda_decode));
+#if !defined(CPU_KERNEL)
+  ops.impl("kda_fused_decode", TORCH_BOX(&kda_fused_decode));
+#endif
+  ops.impl("kda_short_conv", TORCH_BOX(&kda_short_conv));
+  ops.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

@@ -1,5 +1,4 @@
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,22 +13,25 @@
 
 #include "backend.h"
 #include "cpu/launch.h"
+#include "cpu/sequences.h"
 
 namespace kda::cpu {
 namespace {
 
+constexpr Build kPortable{.prefill = prefill_portable, .decode = decode_portable};
+
 // The fastest build that this CPU runs, unless ATEN_CPU_CAPABILITY ("default", "avx2"), torch's own switch, forbids it.
-RunJob fastest_build() {
+Build fastest_build() {
 #if defined(KDA_CPU_X86_BUILDS)
   const char* value = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view limit = value == nullptr ? "" : value;
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && limit != "default";
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && limit != "avx2";
-  if (avx512) return run_avx512;
-  if (avx2) return run_avx2;
+  if (avx512) return {.prefill = prefill_avx512, .decode = decode_avx512};
+  if (avx2) return {.prefill = prefill_avx2, .decode = decode_avx2};
 #endif
-  return run_portable;
+  return kPortable;
 }
 
 // Denormal numbers count as 0 while this lives: on x86 each of them costs about a hundred cycles, and a strong gate
@@ -47,23 +49,6 @@ class FlushDenormals {
 #endif
 };
 
-// Where the N sequences begin and end; raises where cu_seqlens do not go from 0 to T without a decrease.
-std::vector<int64_t> sequence_bounds(const PrefillParams& p) {
-  std::vector<int64_t> bounds(p.num_sequences + 1);
-  for (int64_t n = 0; n <= p.num_sequences; ++n) {
-    bounds[n] = p.cu_seqlens.is_int64 ? static_cast<const int64_t*>(p.cu_seqlens.data)[n]
-                                      : static_cast<const int32_t*>(p.cu_seqlens.data)[n];
-  }
-  STD_TORCH_CHECK(bounds[0] == 0, "cu_seqlens: expected to start at 0, got ", bounds[0]);
-  for (int64_t n = 0; n < p.num_sequences; ++n) {
-    STD_TORCH_CHECK(bounds[n] <= bounds[n + 1], "cu_seqlens: expected no decrease, got ", bounds[n], " then ",
-                    bounds[n + 1], " at entries ", n, " and ", n + 1);
-  }
-  STD_TORCH_CHECK(bounds.back() == p.num_tokens, "cu_seqlens: expected to end at T = ", p.num_tokens, ", got ",
-                  bounds.back());
-  return bounds;
-}
-
 // Into how many jobs to split one head of a sequence, when its fair share is so many threads. The panels of a head can
 // run on different threads; each then computes the chunk factors again, about a third of the work.
 int32_t splits(double threads) {
@@ -73,9 +58,10 @@ int32_t splits(double threads) {
 }
 
 // All work, the longest first.
-std::vector<Job> make_jobs(const PrefillParams& p, int64_t threads) {
+std::vector<Job> make_jobs(const AttentionParams& p, int64_t threads) {
   const bool packed = p.cu_seqlens.data != nullptr;
-  const std::vector<int64_t> bounds = packed ? sequence_bounds(p) : std::vector<int64_t>{};
+  const std::vector<int64_t> bounds =
+      packed ? sequence_bounds(p.cu_seqlens, p.num_sequences, p.num_tokens) : std::vector<int64_t>{};
   const int64_t all_tokens = packed ? p.num_tokens : p.num_sequences * p.num_tokens;
   std::vector<Job> jobs;
   jobs.reserve(p.num_sequences * p.num_heads);
@@ -100,14 +86,18 @@ std::vector<Job> make_jobs(const PrefillParams& p, int64_t threads) {
   return jobs;
 }
 
-void run(const PrefillParams& params, RunJob run_job) {
-  const std::vector<Job> jobs = make_jobs(params, torch::stable::get_num_threads());
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), jobs.size());
-  const std::unique_ptr<Workspace[]> workspaces(new Workspace[workers]);
+const Build& best_build() {
+  static const Build fastest = fastest_build();
+  return fastest;
+}
+
+// Deals the jobs out to torch's threads; run_job(job, worker) runs one, worker < min(jobs, threads).
+template <class RunJob>
+void run_jobs(const std::vector<Job>& jobs, int64_t workers, const RunJob& run_job) {
   std::atomic<size_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
     const FlushDenormals flush;
-    for (size_t job = next++; job < jobs.size(); job = next++) run_job(params, jobs[job], workspaces[first]);
+    for (size_t job = next++; job < jobs.size(); job = next++) run_job(jobs[job], worker);
   });
 }
 
@@ -115,6 +105,20 @@ void run(const PrefillParams& params, RunJob run_job) {
 }  // namespace kda::cpu
 
 void kda::run_prefill(const PrefillParams& params, int32_t, bool portable) {
-  static const cpu::RunJob fastest = cpu::fastest_build();
-  cpu::run(params, portable ? cpu::run_portable : fastest);
+  const cpu::Build& build = portable ? cpu::kPortable : cpu::best_build();
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<cpu::Job> jobs = cpu::make_jobs(params, threads);
+  const int64_t workers = std::min<int64_t>(threads, jobs.size());
+  const std::unique_ptr<cpu::Workspace[]> workspaces(new cpu::Workspace[workers]);
+  cpu::run_jobs(jobs, workers, [&](const cpu::Job& job, int64_t worker) {
+    build.prefill(params, job, workspaces[worker]);
+  });
+}
+
+void kda::run_decode(const DecodeParams& params, int32_t) {
+  const cpu::Build& build = cpu::best_build();
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<cpu::Job> jobs = cpu::make_jobs(params, threads);
+  const int64_t workers = std::min<int64_t>(threads, jobs.size());
+  cpu::run_jobs(jobs, workers, [&](const cpu::Job& job, int64_t) { build.decode(params, job); });
 }

@@ -38,7 +38,7 @@ inline void load_key(FloatKind dtype, const void* data, int64_t index, bool l2no
 }
 
 // row = exp(log decay).
-inline void load_decay(const PrefillParams& p, int64_t index, int32_t head, float rate, float* row) {
+inline void load_decay(const AttentionParams& p, int64_t index, int32_t head, float rate, float* row) {
   const float* bias = p.dt_bias == nullptr ? nullptr : p.dt_bias + static_cast<int64_t>(head) * kHeadDim;
   for (int d = 0; d < kHeadDim; d += kLanes) {
     Vec g = load_as(p.g_dtype, p.g.data, index + d);
@@ -50,14 +50,15 @@ inline void load_decay(const PrefillParams& p, int64_t index, int32_t head, floa
   }
 }
 
-inline float load_beta(const PrefillParams& p, int64_t index) {
+inline float load_beta(const AttentionParams& p, int64_t index) {
   const float x = load_scalar_as(p.beta_dtype, p.beta.data, index);
   if (!p.sigmoid_beta) return x;
   return (p.neg_eigval ? 2.0f : 1.0f) / (1.0f + ::expf(-x));
 }
 
-// The chunk's q, k, a and beta. Entries of tokens that it has not are left as they are, except beta = 0.
-void load_tokens(const PrefillParams& p, const Job& job, int64_t first, int length, float rate, Workspace& w) {
+// The chunk's q, k, a and beta. Entries of tokens that it has not are left as they are.
+template <class AnyWorkspace>
+void load_tokens(const AttentionParams& p, const Job& job, int64_t first, int length, float rate, AnyWorkspace& w) {
   const int32_t qk_head = job.head / p.heads_per_qk;
   for (int i = 0; i < length; ++i) {
     const int64_t t = first + i;
@@ -66,7 +67,6 @@ void load_tokens(const PrefillParams& p, const Job& job, int64_t first, int leng
     load_decay(p, offset(p.g, job.batch, t, job.head), job.head, rate, w.a[i]);
     w.beta[i] = load_beta(p, offset(p.beta, job.batch, t, job.head));
   }
-  for (int i = length; i < kChunk; ++i) w.beta[i] = 0.0f;
 }
 
 // pre and total: running products of a from the chunk's start.
@@ -246,6 +246,7 @@ inline void run_job(const PrefillParams& p, const Job& job, Workspace& w) {
   for (int64_t first = job.begin; first < job.end; first += kChunk) {
     const int length = static_cast<int>(job.end - first < kChunk ? job.end - first : kChunk);
     load_tokens(p, job, first, length, rate, w);
+    for (int i = length; i < kChunk; ++i) w.beta[i] = 0.0f;
     decay_from_start(length, w);
     decay_to_end(length, w);
     for (int panel = job.first_panel; panel < job.last_panel; ++panel) {

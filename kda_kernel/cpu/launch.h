@@ -1,4 +1,4 @@
-// The prefill kernel for CPUs: what it is given, and its builds for instruction sets. Plain C++, no torch.
+// The kernels for CPUs: what they are given, and their builds for instruction sets. Plain C++, no torch.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Job {
   int32_t last_panel;
 };
 
-// What a job needs beside its tensors: one chunk's factors and the state, all float32.
+// What a job of prefill needs beside its tensors: one chunk's factors and the state, all float32.
 struct alignas(64) Workspace {
   float q[kChunk][kHeadDim];           // scaled, normalised
   float k[kChunk][kHeadDim];           // normalised
@@ -43,13 +43,20 @@ struct alignas(64) Workspace {
   float S[kPanels][kHeadDim][kPanel];  // the state as [K, V], panel by panel
 };
 
-using RunJob = void (*)(const PrefillParams& params, const Job& job, Workspace& workspace);
+// The kernels built for one instruction set.
+struct Build {
+  void (*prefill)(const PrefillParams& params, const Job& job, Workspace& workspace);
+  void (*decode)(const DecodeParams& params, const Job& job);
+};
 
-void run_portable(const PrefillParams& params, const Job& job, Workspace& workspace);
+void prefill_portable(const PrefillParams& params, const Job& job, Workspace& workspace);
+void decode_portable(const DecodeParams& params, const Job& job);
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KDA_CPU_X86_BUILDS 1
-void run_avx2(const PrefillParams& params, const Job& job, Workspace& workspace);
-void run_avx512(const PrefillParams& params, const Job& job, Workspace& workspace);
+void prefill_avx2(const PrefillParams& params, const Job& job, Workspace& workspace);
+void decode_avx2(const DecodeParams& params, const Job& job);
+void prefill_avx512(const PrefillParams& params, const Job& job, Workspace& workspace);
+void decode_avx512(const DecodeParams& params, const Job& job);
 #endif
 
 }  // namespace kda::cpu

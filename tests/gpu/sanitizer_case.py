@@ -1,4 +1,4 @@
-"""Small calls of the kernel for compute-sanitizer; test_sanitizer.py runs this file under each tool.
+"""Small calls of the kernels for compute-sanitizer; test_sanitizer.py runs this file under each tool.
 
 Results get allocations of their exact size, so run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
@@ -13,7 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
+import decode_harness as decoding
+from decode_inputs import shuffled_slots
 from harness import inputs_for, op_arguments
+from layer_inputs import LENGTHS, make_conv, make_norm
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -40,10 +43,68 @@ def misaligned(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
+DECODE_CASES = {
+    "one token": ("lower-weak", dict(N=3, T=1)),
+    "four tokens, v-first, grouped heads": ("softplus-init", dict(N=3, T=4, HV=4, state_v_first=True)),
+    "bf16 states, fp32 g": ("softplus-resets", dict(N=2, T=3, state_dtype=BF16, g_dtype=FP32)),
+    "bf16 states, v-first": ("zero", dict(N=2, T=17, state_dtype=BF16, state_v_first=True, l2norm=False)),
+    "packs": ("lower-strong", dict(lengths=(1, 0, 5), beta_dtype=FP32)),
+    "no states": ("mixed-channels", dict(N=2, T=1, initial_state=False, allow_neg_eigval=True)),
+    "no token": ("lower-weak", dict(lengths=(0, 0))),
+}
+
+
+def decode(kernel) -> None:
+    """The decode kernel: states given and in place, odd addresses, slots of a pool, padding, wrong slots."""
+    for name, (gate, options) in DECODE_CASES.items():
+        x = decoding.inputs_for(gate, **options)
+        results = [*kernel.fused_recurrent_kda(**x)]
+        shifted = {name: misaligned(x[name]) for name in ("q", "k", "v", "g", "beta")}
+        results += kernel.fused_recurrent_kda(**x | shifted)
+        if x["initial_state"] is not None:
+            results += kernel.fused_recurrent_kda(**x, inplace_final_state=True)
+        torch.cuda.synchronize()
+        if not all(result.isfinite().all() for result in results):
+            raise SystemExit(f"decode, {name}: the result is not finite")
+
+    for dtype in (FP32, BF16):
+        x = decoding.inputs_for("lower-weak", 5, 3)
+        slots = shuffled_slots(15, 20, device="cuda").view(5, 3)
+        slots[0], slots[1, 1], slots[2, 2], slots[3, 0] = -1, -1, 20, -(2**31)
+        counts = torch.tensor([1, 3, 1, 1, 3], device="cuda")
+        pool = decoding.pool_for(x, 20, dtype=dtype, gap=0)
+        for indices, accepted in ((slots, counts), (slots, None), (slots[:, 2], None)):
+            o, _ = kernel.fused_recurrent_kda(
+                **x | dict(initial_state=pool), ssm_state_indices=indices, num_accepted_tokens=accepted,
+                inplace_final_state=True,
+            )  # fmt: skip
+            torch.cuda.synchronize()
+            if not o[2].isnan().all() or not o[4].isfinite().all() or not pool.isfinite().all():
+                raise SystemExit("decode, slots: NaN in the wrong places")
+
+
+def run_layer_operators(kernel) -> None:
+    """The operators around the delta rule: aligned and not, the convolution's state in place."""
+    for offset, channels in ((0, (8, 16, 24)), (1, (1024, 1024, 2056))):
+        x = make_conv(lengths=LENGTHS, channels=channels, offset=offset, device="cuda")
+        results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in x[:3]]
+        kernel.ops.kda_short_conv(*x, *results, x.initial_state)
+        x.cu_seqlens[1] = 10_000
+        kernel.ops.kda_short_conv(*x, *(torch.empty_like(part) for part in results), x.initial_state)
+        if not all(part.isfinite().all() for part in results) or not x.initial_state.isnan().all():
+            raise SystemExit("short convolution: wrong results")
+    for x, gate, weight in (make_norm(device="cuda"), map(misaligned, make_norm(device="cuda"))):
+        out = torch.empty_like(x)
+        kernel.ops.gated_rms_norm(x, gate, weight, out, 1e-5)
+        if not out.isfinite().all():
+            raise SystemExit("gated RMS norm: the result is not finite")
+
+
 def main() -> None:
     from kernels import get_local_kernel
 
     kernel = get_local_kernel(ROOT)
+    decode(kernel)
     for name, (gate, options) in CASES.items():
         inputs = inputs_for(gate, **{"H": 2, **options})
         o, final_state = kernel.chunk_kda(**inputs)
@@ -61,7 +122,8 @@ def main() -> None:
     o, final_state = kernel.chunk_kda(**inputs)
     if not (o.isnan().all() and final_state.isnan().all()):
         raise SystemExit("bad cu_seqlens: the result is not NaN")
-    print(f"{len(CASES)} cases done")
+    run_layer_operators(kernel)
+    print(f"{len(CASES) + len(DECODE_CASES) + 2} cases done")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
 from .ops import device_type, kda_prefill
@@ -70,7 +71,7 @@ def fwd(
         )
     inputs = dict(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
     if _needs_grad(*inputs.values()):
-        name = next(name for name, x in inputs.items() if x is not None and x.requires_grad)
+        name = next(name for name, x in inputs.items() if _needs_grad(x))
         raise ValueError(
             f"{name}: expected a tensor that requires no gradient (or torch.no_grad()), got one that does"
         )
@@ -166,16 +167,13 @@ def chunk_kda(
         allow_neg_eigval, use_beta_sigmoid_in_kernel, cu_seqlens, cu_seqlens_cpu,
     )  # fmt: skip
     if transpose_state_layout is not None:
-        if state_v_first:
-            raise ValueError("transpose_state_layout: expected state_v_first alone, got both")
-        warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=2)
-        state_v_first = transpose_state_layout
+        state_v_first = state_layout(state_v_first, transpose_state_layout)
     if not use_gate_in_kernel:
         A_log = dt_bias = None
 
     if reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
         if out is not None:
-            _check_out(out, v)
+            check_out(out, v)
         o, final_state = reference.chunk_kda(
             q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
             use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
@@ -233,12 +231,20 @@ def _check_options(
         raise ValueError("cu_seqlens_cpu: expected cu_seqlens with it, got None")
 
 
+def state_layout(state_v_first: bool, transpose_state_layout: bool) -> bool:
+    """state_v_first, given by its deprecated name in the caller's caller."""
+    if state_v_first:
+        raise ValueError("transpose_state_layout: expected state_v_first alone, got both")
+    warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=3)
+    return transpose_state_layout
+
+
 def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | None:
     """None when the compiled kernel serves these inputs, else why the reference does, in a line.
 
     Also sends ill-shaped inputs to the reference, whose checks then name what is wrong with them.
     """
-    if not isinstance(q, torch.Tensor) or q.device.type != device_type:
+    if not isinstance(q, torch.Tensor) or not (q.is_cpu if device_type == "cpu" else q.is_cuda):
         return f"q is not a tensor on a {device_type.upper()} device"
     if device_type == "cpu" and not all(isinstance(x, torch.Tensor) and x.is_cpu for x in (k, v, g, beta)):
         return "k, v, g and beta are not all tensors on the CPU"
@@ -263,7 +269,13 @@ def _is_bf16_or_fp32(x: torch.Tensor) -> bool:
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    """Whether a derivative is asked for, backward or forward (`torch.func.jvp`, dual numbers): the operator has
+    neither, and would silently give none, or a zero."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _sm_major(device: torch.device) -> int:
@@ -278,7 +290,7 @@ def _sm_major_cached(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).major
 
 
-def _check_out(out: torch.Tensor, v: torch.Tensor) -> None:
+def check_out(out: torch.Tensor, v: torch.Tensor) -> None:
     """out must be a tensor like v that a result can be copied into; the kernel has its own check."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")

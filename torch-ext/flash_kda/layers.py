@@ -1,7 +1,8 @@
-"""Layers that the `kernels` package puts in place of transformers' KDA functions.
+"""Layers that the `kernels` package puts in place of transformers' KDA functions and modules.
 
-    FlashKDAChunk       for the function layer "chunk_kda" (prefill, also continued)
-    FlashKDARecurrent   for the function layer "fused_recurrent_kda" (decode)
+    FlashKDAChunk        for the function layer "chunk_kda" (prefill, also continued)
+    FlashKDARecurrent    for the function layer "fused_recurrent_kda" (decode)
+    KimiDeltaAttention   for the forward of the whole module
 
 of Kimi-Linear, GLM-5-next and Bailing models. A function layer is one object per modeling file, so what is
 put there serves every model of that family in the process: CPU tensors, other dtypes, other head dims and
@@ -14,10 +15,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import reference
 from .api import chunk_kda
+from .decode import fused_recurrent_kda
+from .module import kimi_delta_attention
 
-__all__ = ["FlashKDAChunk", "FlashKDARecurrent"]
+__all__ = ["FlashKDAChunk", "FlashKDARecurrent", "KimiDeltaAttention"]
 
 
 def packed_boundaries(kwargs: dict) -> torch.Tensor | None:
@@ -105,9 +107,8 @@ class FlashKDARecurrent(nn.Module):
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `FlashKDAChunk.forward`. Off the GPU tokens run one by one, which is faster for a few."""
-        run = chunk_kda if query.is_cuda else reference.recurrent_kda
-        return run(
+        """As `FlashKDAChunk.forward`, token by token; the state that comes in is not written."""
+        return fused_recurrent_kda(
             query,
             key,
             value,
@@ -117,4 +118,44 @@ class FlashKDARecurrent(nn.Module):
             output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             cu_seqlens=packed_boundaries(kwargs),
+        )
+
+
+class KimiDeltaAttention(nn.Module):
+    """The forward of KimiLinearDeltaAttention, Glm5NextTextLinearAttention and BailingHybridDeltaAttention.
+
+    `kernels` binds `forward` to transformers' module: `self` is that module, with its parameters. What the
+    kernels do not serve (other devices, dtypes, head dimensions, gradients) runs in PyTorch.
+    """
+
+    has_backward = False
+    can_torch_compile = True
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params=None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Args:
+            hidden_states: [B, T, hidden_size].
+            cache_params: transformers' cache or None; read and updated, in its own layout.
+            attention_mask: [B, T], 0 at padding tokens, whose hidden states count as zeros.
+            **kwargs: `cu_seq_lens_q` or `cu_seqlens` [N + 1], int32 or int64, marks sequences packed in one
+                row (B = 1), which do not mix; a cache has N rows then. Other names are not looked at.
+
+        Returns:
+            [B, T, hidden_size] in the dtype of `hidden_states`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `chunk_kda`, with the argument's name.
+        """
+        if self.activation not in (
+            "silu",
+            "swish",
+        ):  # of the short convolution; no published model has another
+            return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+        return kimi_delta_attention(
+            self, hidden_states, cache_params, attention_mask, packed_boundaries(kwargs)
         )

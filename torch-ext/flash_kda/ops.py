@@ -1,4 +1,4 @@
-"""The compiled operator, and its fake for torch.compile and FakeTensor."""
+"""The compiled operators, and their fakes for torch.compile and FakeTensor."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import torch
 
 from ._ops import add_op_namespace_prefix, ops
 
-kda_prefill = ops.kda_prefill.default  # the overload itself: no overload resolution on the host path
+# The overloads themselves: no overload resolution on the host path.
+kda_prefill = ops.kda_prefill.default
+kda_decode = ops.kda_decode.default
+kda_short_conv = ops.kda_short_conv.default
+gated_rms_norm = ops.gated_rms_norm.default
 
-# The devices that it was compiled for, "cuda" or "cpu": a variant of this package has one of the two.
+# The devices that they were compiled for, "cuda" or "cpu": a variant of this package has one of the two.
 device_type = (
     "cpu"
     if torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("kda_prefill"), "CPU")
@@ -39,3 +43,80 @@ def _kda_prefill_fake(
     portable=False,
 ) -> None:
     """The operator writes into out and final_state and returns nothing."""
+
+
+@torch.library.register_fake(add_op_namespace_prefix("kda_short_conv"))
+def _kda_short_conv_fake(
+    q, k, v, weight, bias, initial_state, cu_seqlens, q_out, k_out, v_out, final_state
+) -> None:
+    """The operator writes into q_out, k_out, v_out and final_state and returns nothing."""
+
+
+@torch.library.register_fake(add_op_namespace_prefix("gated_rms_norm"))
+def _gated_rms_norm_fake(x, gate, weight, out, eps, silu=False) -> None:
+    """The operator writes into out and returns nothing."""
+
+
+@torch.library.register_fake(add_op_namespace_prefix("kda_decode"))
+def _kda_decode_fake(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    A_log,
+    dt_bias,
+    initial_state,
+    state_indices,
+    num_accepted_tokens,
+    cu_seqlens,
+    out,
+    final_state,
+    scale,
+    lower_bound,
+    use_gate_in_kernel,
+    use_qk_l2norm_in_kernel,
+    use_beta_sigmoid_in_kernel,
+    allow_neg_eigval,
+    state_v_first,
+    inplace,
+) -> None:
+    """The operator writes into initial_state, out and final_state and returns nothing."""
+
+
+# A variant for GPUs has the layer's whole decode step as one kernel.
+kda_fused_decode = None if device_type == "cpu" else ops.kda_fused_decode.default
+
+
+def _kda_fused_decode_fake(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    gate,
+    A_log,
+    dt_bias,
+    conv_state,
+    recurrent_state,
+    conv_weight,
+    conv_bias,
+    norm_weight,
+    state_indices,
+    num_accepted_tokens,
+    cu_seqlens,
+    out,
+    scale,
+    norm_eps,
+    lower_bound,
+    use_gate_in_kernel,
+    use_qk_l2norm_in_kernel,
+    use_beta_sigmoid_in_kernel,
+    allow_neg_eigval,
+    state_v_first,
+) -> None:
+    """The operator writes into conv_state, recurrent_state and out and returns nothing."""
+
+
+if kda_fused_decode is not None:
+    torch.library.register_fake(add_op_namespace_prefix("kda_fused_decode"))(_kda_fused_decode_fake)

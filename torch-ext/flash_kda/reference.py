@@ -201,7 +201,7 @@ def _run(
     cu_seqlens,
 ):
     """What both forms share: checks, activations, packing. `advance` is one of the two *_steps."""
-    bounds = _check_inputs(
+    bounds = check_inputs(
         q, k, v, g, beta, A_log, dt_bias, initial_state, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
         allow_neg_eigval, lower_bound, state_v_first, cu_seqlens,
     )  # fmt: skip
@@ -339,7 +339,7 @@ def chunk_kda(
     )  # fmt: skip
 
 
-def _check_tensor(name: str, x: object, q: torch.Tensor, layout: str, sizes: list[int] | int) -> None:
+def check_tensor(name: str, x: object, q: torch.Tensor, layout: str, sizes: list[int] | int) -> None:
     """x must be a floating-point tensor on q's device of these sizes, or in any shape of so many elements."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -378,7 +378,7 @@ def _check_cu_seqlens(cu_seqlens: object, B: int, T: int) -> list[int]:
     return bounds
 
 
-def _check_inputs(
+def check_inputs(
     q,
     k,
     v,
@@ -406,21 +406,21 @@ def _check_inputs(
         raise ValueError(
             f"v: expected HV, the number of value heads, to be a multiple of H = {H}, got HV = {HV}"
         )
-    _check_tensor("q", q, q, "[B, T, H, K]", [B, T, H, K])
-    _check_tensor("k", k, q, "[B, T, H, K]", [B, T, H, K])
-    _check_tensor("v", v, q, "[B, T, HV, V]", [B, T, HV, V])
-    _check_tensor("g", g, q, "[B, T, HV, K]", [B, T, HV, K])
-    _check_tensor("beta", beta, q, "[B, T, HV]", [B, T, HV])
+    check_tensor("q", q, q, "[B, T, H, K]", [B, T, H, K])
+    check_tensor("k", k, q, "[B, T, H, K]", [B, T, H, K])
+    check_tensor("v", v, q, "[B, T, HV, V]", [B, T, HV, V])
+    check_tensor("g", g, q, "[B, T, HV, K]", [B, T, HV, K])
+    check_tensor("beta", beta, q, "[B, T, HV]", [B, T, HV])
 
     if lower_bound is not None and not LOWER_BOUND_MIN <= lower_bound <= 0:
         raise ValueError(f"lower_bound: expected a value in [{LOWER_BOUND_MIN:g}, 0], got {lower_bound}")
     if use_gate_in_kernel:
         if A_log is not None:
-            _check_tensor("A_log", A_log, q, "HV", HV)
+            check_tensor("A_log", A_log, q, "HV", HV)
         elif lower_bound is None:
             raise ValueError("A_log: expected HV elements for the softplus gate (no lower_bound), got None")
         if dt_bias is not None:
-            _check_tensor("dt_bias", dt_bias, q, "HV * K", HV * K)
+            check_tensor("dt_bias", dt_bias, q, "HV * K", HV * K)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
 
@@ -431,5 +431,5 @@ def _check_inputs(
     N = len(bounds) - 1
     if initial_state is not None:
         layout = ("[N, HV, V, K]", [N, HV, V, K]) if state_v_first else ("[N, HV, K, V]", [N, HV, K, V])
-        _check_tensor("initial_state", initial_state, q, *layout)
+        check_tensor("initial_state", initial_state, q, *layout)
     return bounds

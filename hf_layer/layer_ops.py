@@ -1,0 +1,1 @@
+../torch-ext/flash_kda/layer_ops.py

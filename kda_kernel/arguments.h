@@ -1,0 +1,60 @@
+// The arguments that the attention operators have in common: their checks, and the parameters made of them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "checks.h"
+#include "params.h"
+
+namespace kda {
+
+// N is B, or the number of sequences in cu_seqlens.
+struct Sizes {
+  int64_t B, T, H, HV, N;
+};
+
+struct AttentionArguments {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const Tensor& g;
+  const Tensor& beta;
+  const std::optional<Tensor>& A_log;
+  const std::optional<Tensor>& dt_bias;
+  const std::optional<Tensor>& cu_seqlens;
+  const Tensor& out;
+  double scale;
+  std::optional<double> lower_bound;
+  bool use_gate_in_kernel;
+  bool use_qk_l2norm_in_kernel;
+  bool use_beta_sigmoid_in_kernel;
+  bool allow_neg_eigval;
+};
+
+Sizes check_attention(const AttentionArguments& x);
+
+// Of checked arguments.
+AttentionParams attention_params(const AttentionArguments& x, const Sizes& sizes);
+
+// [B, T, heads, D] or, without the last dimension, [B, T, heads].
+inline TokenTensor token_tensor(const Tensor& x) {
+  return {.data = x.data_ptr(),
+          .batch_stride = x.stride(0),
+          .token_stride = x.stride(1),
+          .head_stride = x.stride(2)};
+}
+
+inline FloatKind float_kind(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float ? FloatKind::kFloat32 : FloatKind::kBFloat16;
+}
+
+inline void check_state_dtypes(const std::optional<Tensor>& initial_state, const std::optional<Tensor>& final_state) {
+  STD_TORCH_CHECK(!initial_state || !final_state || initial_state->scalar_type() == final_state->scalar_type(),
+                  "final_state: expected the dtype of initial_state, ", dtype_name(initial_state->scalar_type()),
+                  ", got ", dtype_name(final_state->scalar_type()));
+}
+
+}  // namespace kda

@@ -1,0 +1,50 @@
+// Compute capability 8.0 and newer.
+#include "decode/kernel.cuh"
+#include "decode/launch.h"
+
+namespace kda {
+namespace decode {
+namespace {
+
+// With few heads a head is spread over blocks of fewer warps, so that more SMs load it; with very many, whole heads
+// spare the repeated check of cu_seqlens.
+constexpr int64_t kFewHeads = 64, kManyHeads = 1 << 16;
+
+constexpr int64_t kMaxGridRows = 65535;  // a grid's limit in its second dimension
+
+int warps_per_block(int64_t heads) {
+  if (heads <= kFewHeads) return kWarpsPerHead / 4;
+  return heads <= kManyHeads ? kWarpsPerHead / 2 : kWarpsPerHead;
+}
+
+template <class Elem, bool kVFirst, bool kFused, class Params>
+cudaError_t launch(const Params& p, cudaStream_t stream) {
+  const int warps = kFused ? kWarpsPerHead : warps_per_block(p.num_sequences * p.num_heads);
+  const int64_t rows = p.num_sequences < kMaxGridRows ? p.num_sequences : kMaxGridRows;
+  const dim3 grid(p.num_heads * (kWarpsPerHead / warps), rows, (p.num_sequences + rows - 1) / rows);
+  kda_decode_kernel<Elem, kVFirst, kFused><<<grid, 32 * warps, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <bool kFused, class Params>
+cudaError_t launch_for_state(const Params& p, cudaStream_t stream) {
+  const StatePool& state = p.initial_state.data != nullptr ? p.initial_state : p.final_state;
+  if (state.dtype == FloatKind::kFloat32) {
+    return state.v_first ? launch<float, true, kFused>(p, stream) : launch<float, false, kFused>(p, stream);
+  }
+  return state.v_first ? launch<__nv_bfloat16, true, kFused>(p, stream)
+                       : launch<__nv_bfloat16, false, kFused>(p, stream);
+}
+
+}  // namespace
+}  // namespace decode
+
+cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
+  return decode::launch_for_state<false>(params, stream);
+}
+
+cudaError_t launch_fused_decode(const FusedDecodeParams& params, cudaStream_t stream) {
+  return decode::launch_for_state<true>(params, stream);
+}
+
+}  // namespace kda

@@ -1,0 +1,184 @@
+// The decode kernel: a sequence's one or few tokens at one value head, or at a part of its values.
+//
+// A block reads its part of the state into registers, runs the tokens, and writes the part back; all else is small and
+// hides behind that. Up to kGroup tokens at a time are prepared by one warp each (tokens.cuh) and then run by every
+// warp on its own 16 values (recurrence.cuh). docs/decode.md says how the pieces fit.
+#pragma once
+
+#include <type_traits>
+
+#include "decode/fused.cuh"
+#include "decode/recurrence.cuh"
+#include "decode/slots.cuh"
+#include "decode/tile.cuh"
+#include "decode/tokens.cuh"
+
+namespace kda::decode {
+
+constexpr int kMaxThreads = 32 * kWarpsPerHead;
+
+// Registers for 16 warps an SM, 128 a thread: two heads' states, 128 KB of loads in flight in fp32. About 20 KB would
+// keep 3 TB/s busy through 800 ns of latency; the rest covers the time that blocks spend starting, computing, storing.
+constexpr int kHeadsPerSm = 2;
+
+template <class Elem, bool kVFirst, bool kFused>
+struct DecodeBlock {
+  using Params = std::conditional_t<kFused, FusedDecodeParams, DecodeParams>;
+  using T = Tile<Elem, kVFirst>;
+
+  struct Shared {
+    SharedTokens group;
+    std::conditional_t<kFused, SharedNorm, char> norm;
+  };
+
+  const Params& p;
+  Shared& shared;
+  const int index;  // of the sequence
+  const int head;
+  const int first_value;  // of the block
+  const int warp, lane;
+  Tokens tokens;
+
+  static __device__ __forceinline__ float nan() { return __int_as_float(0x7fffffff); }
+  __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
+  __device__ __forceinline__ int warp_value() const { return first_value + kWarpValues * warp; }
+
+  // This lane's first piece of a slot's state.
+  __device__ __forceinline__ Elem* lane_state(const StatePool& pool, int64_t slot) const {
+    const int64_t head_offset = static_cast<int64_t>(head) * (kHeadDim * kHeadDim);
+    return static_cast<Elem*>(pool.data) + slot * pool.slot_stride + head_offset + T::lane_offset(warp_value(), lane);
+  }
+
+  __device__ __forceinline__ __nv_bfloat16* out_row(const Tokens& tokens, int32_t token) const {
+    auto* out = static_cast<__nv_bfloat16*>(const_cast<void*>(p.out.data));
+    return out + row_offset(p.out, tokens, token, head);
+  }
+
+  // Every step-th token's output from `first` on, in the block's values.
+  __device__ void fill_output(const Tokens& tokens, int32_t first, int32_t step, float x) const {
+    for (int64_t t = first; t < tokens.length; t += step) {
+      for (int e = threadIdx.x; e < warps() * kWarpValues; e += blockDim.x) {
+        out_row(tokens, static_cast<int32_t>(t))[first_value + e] = __float2bfloat16_rn(x);
+      }
+    }
+  }
+
+  __device__ void fill_final_state(float x) const {
+    if (p.final_state.data == nullptr) return;
+    typename T::Values s;
+    T::fill(s, x);
+    T::store(lane_state(p.final_state, index), s);
+  }
+
+  // What a call with invalid cu_seqlens gives: NaN in out and final_state. The blocks of a head share the tokens.
+  __device__ void poison() const {
+    const Tokens all{.batch = 0, .begin = 0, .length = static_cast<int32_t>(p.num_tokens)};
+    fill_output(all, index, static_cast<int32_t>(p.num_sequences), nan());
+    fill_final_state(nan());
+  }
+
+  // Keeps the state after a token, if that has a slot.
+  __device__ __forceinline__ void keep(const typename T::Values& s, int64_t start, int32_t token, bool last) const {
+    const int64_t slot = slot_after(p, index, start, token, last);
+    const StatePool& pool = p.inplace ? p.initial_state : p.final_state;
+    if (slot >= 0 && pool.data != nullptr) T::store(lane_state(pool, slot), s);
+  }
+
+  __device__ __forceinline__ int group_size(int32_t first) const { return min(kGroup, tokens.length - first); }
+
+  // The group's tokens into shared memory.
+  __device__ __forceinline__ void prepare_group(int64_t start, int32_t first) {
+    const int count = group_size(first);
+    if constexpr (kFused) {
+      convolve_group<T>(p, shared.group, tokens, index, start, head, first, count);
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int t = warp; t < count; t += warps()) {
+      // Opaque, so that nothing of a row's address is kept from token to token: the state has taken the registers.
+      Tokens here = tokens;
+      asm volatile("" : "+r"(here.batch), "+r"(here.begin));
+      prepare_token<T, kFused>(p, shared.group, t, here, first + t, head, lane);
+      if constexpr (kFused) prepare_norm(p, shared.norm, t, here, first + t, head, lane);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run_group(typename T::Values& s, int64_t start, int32_t first) {
+    const int count = group_size(first);
+    const int value = warp_value() + Recurrence<T>::output_value(lane);
+#pragma unroll 1
+    for (int t = 0; t < count; ++t) {
+      const float o = Recurrence<T>::step(s, shared.group, t, warp_value(), lane);
+      if (Recurrence<T>::has_output(lane)) {
+        if constexpr (kFused) {
+          shared.norm.output[t].values[value] = o;
+        } else {
+          out_row(tokens, first + t)[value] = __float2bfloat16_rn(o);
+        }
+      }
+      keep(s, start, first + t, first + t + 1 == tokens.length);
+    }
+    if constexpr (kFused) {
+      __syncthreads();
+      for (int t = warp; t < count; t += warps()) write_norm(p, shared.norm, t, tokens, first + t, head, lane);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const StartSlot start = start_slot(p, index);
+    typename T::Values s;
+    if (start.kind == RowKind::kLive && p.initial_state.data != nullptr) {
+      T::load(s, lane_state(p.initial_state, start.slot));
+    } else {
+      T::fill(s, 0.0f);
+    }
+
+    tokens = find_tokens(p, index);
+    if (p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
+      poison();
+      return;
+    }
+    const bool live = start.kind == RowKind::kLive &&
+                      (p.slots_per_sequence == 0 || token_slots_valid(p, index, tokens.length));
+    if (!live) {
+      const float x = start.kind == RowKind::kPadding ? 0.0f : nan();
+      fill_output(tokens, 0, 1, x);
+      fill_final_state(x);
+      return;
+    }
+
+    if (tokens.length == 0) {
+      T::unpack(s);
+      if (!p.inplace) keep(s, start.slot, 0, true);
+      return;
+    }
+    for (int32_t first = 0; first < tokens.length; first += kGroup) {
+      if (first > 0) __syncthreads();  // the group before has been read
+      prepare_group(start.slot, first);
+      if (first == 0) T::unpack(s);
+      run_group(s, start.slot, first);
+    }
+  }
+};
+
+template <class Elem, bool kVFirst, bool kFused>
+__global__ void __launch_bounds__(kMaxThreads, kHeadsPerSm)
+    kda_decode_kernel(const __grid_constant__ typename DecodeBlock<Elem, kVFirst, kFused>::Params p) {
+  using Block = DecodeBlock<Elem, kVFirst, kFused>;
+  __shared__ typename Block::Shared shared;
+  const int64_t index = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  if (index >= p.num_sequences) return;
+  const unsigned first_value = blockIdx.x * (blockDim.x / 32 * kWarpValues);  // of [HV, V]
+  Block block{.p = p,
+              .shared = shared,
+              .index = static_cast<int>(index),
+              .head = static_cast<int>(first_value / kHeadDim),
+              .first_value = static_cast<int>(first_value % kHeadDim),
+              .warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0),  // uniform to the compiler
+              .lane = static_cast<int>(threadIdx.x % 32),
+              .tokens = {}};
+  block.run();
+}
+
+}  // namespace kda::decode

@@ -1,0 +1,14 @@
+// The decode kernel's launches. Each enqueues one kernel on `stream` of the current device; N >= 1 and HV >= 1.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace kda {
+
+cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream);
+
+cudaError_t launch_fused_decode(const FusedDecodeParams& params, cudaStream_t stream);
+
+}  // namespace kda

@@ -1,0 +1,336 @@
+"""`fused_recurrent_kda` as a call: its signature, bad input, what goes to the reference, torch.compile, and
+how the kernel is called for CUDA tensors. tests/test_decode.py has the numbers."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import pytest
+import torch
+from decode_inputs import decode_inputs, make_pool
+from kda_inputs import conv_layout, rel_rms
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+NAN = torch.nan
+
+# flash-linear-attention 0.6.0's fused_recurrent_kda: its positional parameters with their defaults
+FLA_DEFAULTS = {
+    "A_log": None,
+    "dt_bias": None,
+    "scale": None,
+    "initial_state": None,
+    "output_final_state": False,
+    "use_qk_l2norm_in_kernel": False,
+    "use_gate_in_kernel": False,
+    "use_beta_sigmoid_in_kernel": False,
+    "allow_neg_eigval": False,
+    "lower_bound": None,
+    "state_v_first": False,
+    "cu_seqlens": None,
+}
+OURS = {
+    "inplace_final_state": False,
+    "ssm_state_indices": None,
+    "num_accepted_tokens": None,
+    "out": None,
+    "transpose_state_layout": None,
+}
+
+
+def test_signature(cpu_package):
+    parameters = inspect.signature(cpu_package.fused_recurrent_kda).parameters
+    positional = {p.name: p.default for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(positional) == ["q", "k", "v", "g", "beta", *FLA_DEFAULTS]
+    assert {name: positional[name] for name in FLA_DEFAULTS} == FLA_DEFAULTS
+    assert {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY} == OURS
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_positional_arguments_reach_the_reference(cpu_package):
+    """All that stands before the keyword-only ones, in FLA's order; float64 goes to the reference."""
+    x = decode_inputs("lower-strong", 2, 2, 1, dtype=FP64, initial_state=True, state_v_first=True, scale=0.3)
+    want = cpu_package.reference.recurrent_kda(**x)
+    got = cpu_package.fused_recurrent_kda(*(x[name] for name in ("q", "k", "v", "g", "beta", *FLA_DEFAULTS)))
+    assert all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+def test_out(cpu_package):
+    """`out` is written, and nothing around it; it is what is returned."""
+    x = decode_inputs("softplus-init", 2, 3, 2, dtype=FP32)
+    for run in (x, x | dict(v=x["v"].double(), initial_state=None)):
+        want = cpu_package.fused_recurrent_kda(**run)[0]
+        wide = torch.full((2, 9, 4, 137), 7.0, dtype=run["v"].dtype)
+        out = wide[:, 3:6, 1:3, 5:133]
+        assert cpu_package.fused_recurrent_kda(**run, out=out)[0] is out
+        assert torch.equal(out, want)
+        out.fill_(7.0)
+        assert (wide == 7).all()
+
+
+# --------------------------------------------------------------------------------------------- bad input
+
+
+def good_call() -> dict:
+    x = decode_inputs("lower-weak", 3, 2, 2, dtype=FP32)
+    pool = make_pool(x, 8)
+    return x | dict(
+        initial_state=pool, inplace_final_state=True, ssm_state_indices=torch.arange(6).view(3, 2),
+        num_accepted_tokens=torch.tensor([1, 2, 1]), out=torch.full_like(x["v"], NAN),
+    )  # fmt: skip
+
+
+def of(name, change):
+    return lambda x: {name: change(x[name])}
+
+
+BAD = {
+    "q-3d": (of("q", lambda y: y[0]), "q"),
+    "k-shape": (of("k", lambda y: y[:, :1]), "k"),
+    "k-none": (lambda x: dict(k=None), "k"),
+    "beta-headwise": (lambda x: dict(beta=x["v"]), "beta"),
+    "g-shape": (of("g", lambda y: y[..., :64]), "g"),
+    "HV": (lambda x: dict(v=x["v"][:, :, :1], out=None), "v"),
+    "A_log-size": (of("A_log", lambda y: y[:1]), "A_log"),
+    "dt_bias-size": (of("dt_bias", lambda y: y[:1]), "dt_bias"),
+    "lower_bound": (lambda x: dict(lower_bound=-6.0), "lower_bound"),
+    "neg-eigval": (
+        lambda x: dict(allow_neg_eigval=True, use_beta_sigmoid_in_kernel=False),
+        "allow_neg_eigval",
+    ),
+    "softplus-without-rate": (lambda x: dict(lower_bound=None, A_log=None), "A_log"),
+    "out-shape": (of("out", lambda y: y[:, :1]), "out"),
+    "out-dtype": (of("out", lambda y: y.bfloat16()), "out"),
+    "pool-missing": (lambda x: dict(initial_state=None), "initial_state"),
+    "pool-heads": (of("initial_state", lambda y: y[:, :1].contiguous()), "initial_state"),
+    "pool-3d": (of("initial_state", lambda y: y[0]), "initial_state"),
+    "pool-half": (of("initial_state", lambda y: y.half().int()), "initial_state"),
+    "indices-dtype": (of("ssm_state_indices", lambda y: y.float()), "(ssm_)?state_indices"),
+    "indices-int16": (of("ssm_state_indices", lambda y: y.short()), "(ssm_)?state_indices"),
+    "indices-3d": (of("ssm_state_indices", lambda y: y[..., None]), "(ssm_)?state_indices"),
+    "indices-rows": (of("ssm_state_indices", lambda y: y[:2]), "(ssm_)?state_indices"),
+    "indices-no-columns": (of("ssm_state_indices", lambda y: y[:, :0]), "(ssm_)?state_indices"),
+    "per-token-not-in-place": (lambda x: dict(inplace_final_state=False), "inplace(_final_state)?"),
+    "counts-dtype": (of("num_accepted_tokens", lambda y: y.float()), "num_accepted_tokens"),
+    "counts-rows": (of("num_accepted_tokens", lambda y: y[:2]), "num_accepted_tokens"),
+    "counts-without-indices": (
+        lambda x: dict(ssm_state_indices=None, initial_state=x["initial_state"][:3]),
+        "num_accepted_tokens",
+    ),
+    "counts-with-one-slot": (of("ssm_state_indices", lambda y: y[:, 0]), "num_accepted_tokens"),
+    "in-place-without-state": (
+        lambda x: dict(initial_state=None, ssm_state_indices=None, num_accepted_tokens=None),
+        "initial_state",
+    ),
+    "cu_seqlens-end": (
+        lambda x: (
+            {name: x[name][:1] for name in ("q", "k", "v", "g", "beta", "out")}
+            | dict(cu_seqlens=torch.tensor([0, 1, 1, 1]))
+        ),
+        "cu_seqlens",
+    ),
+    "cu_seqlens-rows": (lambda x: dict(cu_seqlens=torch.tensor([0, 2, 4, 6])), "cu_seqlens"),
+}
+
+
+@pytest.mark.parametrize("through", ["kernel", "reference"])
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(cpu_package, monkeypatch, bad, through):
+    """The message names the argument, and nothing has been written."""
+    if through == "reference":
+        monkeypatch.setattr(sys.modules[cpu_package.chunk_kda.__module__], "device_type", "cuda")
+    change, name = BAD[bad]
+    x = good_call()
+    cpu_package.fused_recurrent_kda(**good_call())
+    wrong = x | change(x)
+    before = x["initial_state"].clone()
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"(\A|, )({name}): expected "):
+        cpu_package.fused_recurrent_kda(**wrong)
+    assert x["out"].isnan().all() and torch.equal(x["initial_state"], before)
+
+
+def test_states_of_the_wrong_strides_are_refused(cpu_package):
+    """In place, where a copy would not be what the caller sees, and in a pool, which is too large to copy."""
+    x = decode_inputs("lower-weak", 3, 2, 2, dtype=FP32)
+    pool = make_pool(x, 8).mT
+    for options in (dict(ssm_state_indices=torch.arange(3)), dict(inplace_final_state=True)):
+        state = pool if "ssm_state_indices" in options else pool[:3]
+        with pytest.raises(RuntimeError, match="initial_state: expected"):
+            cpu_package.fused_recurrent_kda(**x | dict(initial_state=state), **options)
+
+
+def test_overlapping_slots_are_refused(cpu_package):
+    x = decode_inputs("lower-weak", 3, 2, 2, dtype=FP32)
+    pool = make_pool(x, 1).expand(8, -1, -1, -1)
+    with pytest.raises(RuntimeError, match="initial_state: expected"):
+        cpu_package.fused_recurrent_kda(
+            **x | dict(initial_state=pool), ssm_state_indices=torch.arange(3), inplace_final_state=True
+        )
+
+
+def test_unknown_keywords_are_refused(cpu_package):
+    with pytest.raises(TypeError, match="head_first"):
+        cpu_package.fused_recurrent_kda(**decode_inputs("lower-weak", 1, 1, 1), head_first=True)
+
+
+def test_the_old_name_of_state_v_first(cpu_package):
+    x = decode_inputs("lower-weak", 2, 1, 1, initial_state=True, state_v_first=True)
+    want = cpu_package.fused_recurrent_kda(**x)
+    x.pop("state_v_first")
+    with pytest.warns(DeprecationWarning, match="state_v_first") as warned:
+        got = cpu_package.fused_recurrent_kda(**x, transpose_state_layout=True)
+    assert warned[0].filename == __file__
+    assert all(torch.equal(a, b) for a, b in zip(want, got))
+    with pytest.raises(ValueError, match="transpose_state_layout: expected state_v_first alone"):
+        cpu_package.fused_recurrent_kda(**x, state_v_first=True, transpose_state_layout=True)
+
+
+# --------------------------------------------------------------------------------- as a part of PyTorch
+
+
+@pytest.mark.parametrize("options", [dict(K=64, V=32), dict(dtype=torch.float16), dict(dtype=FP64)], ids=str)
+def test_the_rest_goes_to_the_reference(cpu_package, options):
+    x = decode_inputs("softplus-init", 2, 3, 2, **(dict(initial_state=True) | options))
+    want = cpu_package.reference.recurrent_kda(**x)
+    assert all(torch.equal(a, b) for a, b in zip(cpu_package.fused_recurrent_kda(**x), want))
+
+
+def test_gradients_come_from_the_reference(cpu_package):
+    x = decode_inputs("softplus-init", 2, 2, 1, K=8, V=8, dtype=FP64, initial_state=True)
+    names = ("q", "k", "v", "g", "beta", "initial_state")
+    leaves = [x[name].requires_grad_() for name in names]
+    want = torch.autograd.grad(
+        sum(y.square().sum() for y in cpu_package.reference.recurrent_kda(**x)), leaves
+    )
+    pooled = x | dict(ssm_state_indices=torch.tensor([1, 0]))
+    swapped = x | {"initial_state": x["initial_state"][[1, 0]]}
+    want_swapped = torch.autograd.grad(
+        sum(y.square().sum() for y in cpu_package.reference.recurrent_kda(**swapped)), leaves
+    )
+    for call, wanted in ((x, want), (pooled, want_swapped)):
+        found = torch.autograd.grad(
+            sum(y.square().sum() for y in cpu_package.fused_recurrent_kda(**call)), leaves
+        )
+        assert all(rel_rms(a, b) <= 1e-10 for a, b in zip(wanted, found))
+    with pytest.raises(ValueError, match="inplace_final_state: expected False where a gradient is required"):
+        cpu_package.fused_recurrent_kda(**x, inplace_final_state=True)
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["states", "pool"])
+def test_compiles_to_one_graph(cpu_package, pooled):
+    x = decode_inputs("lower-weak", 3, 1, 2, initial_state=not pooled)
+
+    def step(pool, indices, **x):
+        if pooled:
+            x |= dict(initial_state=pool, ssm_state_indices=indices, inplace_final_state=True)
+        o, state = cpu_package.fused_recurrent_kda(**x)
+        return o + 1, state
+
+    pool, indices = make_pool(x, 5), torch.tensor([4, -1, 2])
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        want_pool, pool = pool.clone(), pool.clone()
+        want, got = step(want_pool, indices, **x), compiled(pool, indices, **x)
+    assert all(torch.equal(a, b) for a, b in zip(want, got)) and torch.equal(want_pool, pool)
+
+
+# ------------------------------------------------------------------------------- on a GPU that is not there
+
+
+@pytest.fixture
+def fake_gpu(cpu_package, monkeypatch):
+    """Inside, tensors are fake and may be "on" CUDA device 0, an SM90; the operator's calls are recorded."""
+    decode = sys.modules[cpu_package.fused_recurrent_kda.__module__]
+    api = sys.modules[cpu_package.chunk_kda.__module__]
+    names = [argument.name for argument in decode.kda_decode._schema.arguments]
+    calls = []
+    monkeypatch.setattr(decode, "kda_decode", lambda *args: calls.append(dict(zip(names, args, strict=True))))
+    monkeypatch.setattr(api, "device_type", "cuda")
+    monkeypatch.setattr(api, "_sm_major", lambda device: 9)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield calls
+
+
+def on_fake_gpu(x):
+    return {
+        name: torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device="cuda")
+        if isinstance(y, torch.Tensor)
+        else y
+        for name, y in x.items()
+    }
+
+
+def test_kernel_call_in_place(cpu_package, fake_gpu):
+    """What a serving engine hands over reaches the kernel untouched; only o is made."""
+    x = decode_inputs("softplus-init", 3, 4, 2, 4, state_v_first=True)
+    x |= dict(
+        initial_state=make_pool(x, 20, dtype=BF16, gap=64),
+        ssm_state_indices=torch.zeros(3, 4, dtype=torch.int32),
+        num_accepted_tokens=torch.ones(3, dtype=torch.int32),
+    )  # fmt: skip
+    x = on_fake_gpu(x)
+    o, state = cpu_package.fused_recurrent_kda(**x, inplace_final_state=True)
+    (call,) = fake_gpu
+    assert (
+        o is call["out"] and o.shape == (3, 4, 4, 128) and o.dtype == BF16 and o.is_contiguous() and o.is_cuda
+    )
+    assert state is x["initial_state"] and call["final_state"] is None and call["inplace"] is True
+    assert call["state_indices"] is x["ssm_state_indices"]
+    for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "num_accepted_tokens"):
+        assert call[name] is x[name], f"{name} was copied"
+    assert call["scale"] == 128**-0.5 and call["lower_bound"] is None and call["state_v_first"] is True
+    flags = (
+        "use_gate_in_kernel",
+        "use_qk_l2norm_in_kernel",
+        "use_beta_sigmoid_in_kernel",
+        "allow_neg_eigval",
+    )
+    assert [call[name] for name in flags] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["states", "pool"])
+@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
+def test_kernel_call_with_a_final_state(cpu_package, fake_gpu, state_dtype, pooled):
+    x = decode_inputs("lower-weak", 0, 0, 2, lengths=[1, 0, 2], initial_state=True, state_dtype=state_dtype)
+    if pooled:
+        x |= dict(initial_state=make_pool(x, 20, dtype=state_dtype), ssm_state_indices=torch.arange(3))
+    x = on_fake_gpu(x)
+    _, final_state = cpu_package.fused_recurrent_kda(**x)
+    (call,) = fake_gpu
+    assert (
+        call["final_state"] is final_state
+        and final_state.shape == (3, 2, 128, 128)
+        and call["inplace"] is False
+    )
+    assert call["initial_state"].dtype == final_state.dtype == (state_dtype if pooled else FP32)
+    assert (call["initial_state"] is x["initial_state"]) == (pooled or state_dtype == FP32)
+
+
+def test_kernel_call_writes_into_out(cpu_package, fake_gpu):
+    x = on_fake_gpu(decode_inputs("lower-weak", 2, 1, 1, output_final_state=False))
+    out = torch.empty_like(x["v"])
+    assert cpu_package.fused_recurrent_kda(**x, out=out) == (out, None)
+    assert fake_gpu[0]["out"] is out and fake_gpu[0]["final_state"] is None
+
+
+def test_convolution_layout_is_copied_once(cpu_package, monkeypatch):
+    calls = []
+    module = sys.modules[cpu_package.fused_recurrent_kda.__module__]
+    monkeypatch.setattr(module, "kda_decode", lambda *args: calls.append(args))
+    x = decode_inputs("zero", 1, 20, 2)
+    strided = {name: conv_layout(x[name]) for name in ("q", "k", "v")}
+    o, _ = cpu_package.fused_recurrent_kda(**x | strided)
+    ((q, k, v, g, *_),) = calls
+    for name, y in dict(q=q, k=k, v=v).items():
+        assert y.is_contiguous() and torch.equal(y, x[name]), name
+    assert g is x["g"] and o.is_contiguous()
+
+
+def test_gate_parameters_act_only_with_the_gate(cpu_package, fake_gpu):
+    x = on_fake_gpu(decode_inputs("zero", 1, 1, 2))
+    cpu_package.fused_recurrent_kda(
+        **x | dict(A_log=torch.ones(2, requires_grad=True), dt_bias=torch.ones(2, 128))
+    )
+    assert fake_gpu[0]["A_log"] is None and fake_gpu[0]["dt_bias"] is None
