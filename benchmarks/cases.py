@@ -7,6 +7,8 @@ D = 128. q, k, v, g and the beta logits are N(0, 1) in bf16, states N(0, 1) in f
 | strong | lower bound -5 | A_log ~ U(0, 1), dt_bias ~ U(0, 1) | about -3.2 |
 | weak | lower bound -5 | the same with dt_bias lower by 7 | about -0.002 |
 | softplus | softplus | Kimi-Linear's start: A ~ U(1, 16), dt log-uniform in 1e-3 .. 1e-1 | about -0.3 |
+
+Decoding takes the softplus gate, and states V-first [N, HV, V, K] that are updated in place.
 """
 
 from __future__ import annotations
@@ -75,11 +77,8 @@ CASES = (
 QUICK = ("8192/H96", "mixed6/H96", "8192/H64", "8192/H32", "8x1024/H32", "512/H32")
 
 
-def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seqlens=None) -> dict:
-    """Keyword arguments of `chunk_kda` for one input set.
-
-    One sequence is a batch of one; several are packed, with int64 `cu_seqlens` (given, or made here).
-    """
+def random_numbers(seed: int, device: str):
+    """normal(*size, dtype) and uniform(low, high, *size) from one seed."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size, dtype=torch.bfloat16):
@@ -88,6 +87,22 @@ def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seql
     def uniform(low, high, *size):
         return low + (high - low) * torch.rand(size, generator=generator, device=device)
 
+    return normal, uniform
+
+
+def softplus_parameters(uniform, HV: int) -> dict:
+    """A_log [HV] and dt_bias [HV, D] of Kimi-Linear's start."""
+    dt = uniform(math.log(1e-3), math.log(1e-1), HV, D).exp()
+    A_log = uniform(1, 16, HV).log()
+    return {"A_log": A_log, "dt_bias": dt + torch.log(-torch.expm1(-dt))}  # softplus(dt_bias) = dt
+
+
+def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seqlens=None) -> dict:
+    """Keyword arguments of `chunk_kda` for one input set.
+
+    One sequence is a batch of one; several are packed, with int64 `cu_seqlens` (given, or made here).
+    """
+    normal, uniform = random_numbers(seed, device)
     T, H, HV = shape.T, shape.H, shape.HV
     inputs = {
         "q": normal(1, T, H, D),
@@ -108,10 +123,7 @@ def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seql
         inputs["dt_bias"] = uniform(0, 1, HV, D) - shift
         inputs.update(lower_bound=LOWER_BOUND, safe_gate=True)
     elif gate == "softplus":
-        dt = uniform(math.log(1e-3), math.log(1e-1), HV, D).exp()
-        inputs["A_log"] = uniform(1, 16, HV).log()
-        inputs["dt_bias"] = dt + torch.log(-torch.expm1(-dt))  # softplus(dt_bias) = dt
-        inputs.update(lower_bound=None, safe_gate=False)
+        inputs.update(softplus_parameters(uniform, HV), lower_bound=None, safe_gate=False)
     else:
         raise ValueError(f"gate: expected one of {GATES}, got {gate!r}")
     if shape.N > 1:
@@ -128,3 +140,73 @@ def input_sets(shape: Case, gate: str, count: int, device: str = "cuda") -> list
     """`count` random input sets that share one `cu_seqlens` tensor, as the layers of a model do."""
     shared = cumulative(shape.lengths, device) if shape.N > 1 else None
     return [make_inputs(shape, gate, seed, device, shared) for seed in range(count)]
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """Sequences N and heads H of a step."""
+
+    N: int
+    H: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.N}x{self.H}"
+
+    def state_bytes(self, state_dtype: torch.dtype) -> int:
+        return self.N * self.H * D * D * state_dtype.itemsize
+
+    def floor_bytes(self, T: int, state_dtype: torch.dtype) -> int:
+        """The states read and written, and q, k, v, g and out of T tokens in bf16, each moved once."""
+        return 2 * self.state_bytes(state_dtype) + 5 * 2 * self.N * T * self.H * D
+
+
+DECODE_CASES = tuple(DecodeCase(N, H) for N, H in ((1, 32), (32, 32), (128, 32), (256, 32), (64, 64)))
+DECODE_QUICK = ("1x32", "32x32", "256x32")
+
+
+def decode_sets(
+    shape: DecodeCase, T: int, state_dtype: torch.dtype, count: int, device: str = "cuda"
+) -> list[dict]:
+    """`count` sets of keyword arguments of `fused_recurrent_kda`, in place, and of FLA's inner function.
+
+    They share the gate's parameters.
+    """
+    N, H = shape.N, shape.H
+    normal, uniform = random_numbers(0, device)
+    shared = {
+        **softplus_parameters(uniform, H),
+        "lower_bound": None,
+        "inplace_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "use_beta_sigmoid_in_kernel": True,
+        "state_v_first": True,
+    }
+    return [
+        {
+            **{name: normal(N, T, H, D) for name in ("q", "k", "v", "g")},
+            "beta": normal(N, T, H),
+            "initial_state": normal(N, H, D, D, dtype=state_dtype),
+            "out": torch.empty(N, T, H, D, dtype=torch.bfloat16, device=device),
+            **shared,
+        }
+        for _ in range(count)
+    ]
+
+
+def fused_sets(
+    shape: DecodeCase, T: int, state_dtype: torch.dtype, count: int, device: str = "cuda"
+) -> list[dict]:
+    """`count` sets of keyword arguments of `fused_kda_decode`, whose recurrent_state is called initial_state.
+
+    The convolution's states are bf16 [N, 3 * H * D, 4], as transformers' cache has them.
+    """
+    normal, _ = random_numbers(1, device)
+    channels = 3 * shape.H * D
+    shared = {"conv_weight": normal(channels, 4), "norm_weight": normal(D)}
+    sets = decode_sets(shape, T, state_dtype, count, device)
+    for x in sets:
+        x.pop("inplace_final_state")
+        x.update(gate=normal(shape.N, T, shape.H, D), conv_state=normal(shape.N, channels, 4), **shared)
+    return sets

@@ -30,6 +30,14 @@ def load_fla():
     return chunk_kda
 
 
+def load_fla_decode():
+    """FLA's own Triton kernel for decoding, without the checks around it; it updates states in place."""
+    os.environ["FLA_FLASH_KDA"] = "0"
+    from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
+
+    return fused_recurrent_kda_fwd
+
+
 def version_of(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

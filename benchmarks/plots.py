@@ -1,6 +1,8 @@
 """Figures from the JSON files that the benchmarks write.
 
 python benchmarks/plots.py benchmarks/results/prefill-<device>.json [--out DIR]
+python benchmarks/plots.py benchmarks/results/decode-<device>.json [--out DIR]
+python benchmarks/plots.py benchmarks/results/layer-<device>.json [--out DIR]
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from pathlib import Path
 
 FLOOR, OURS, FLA = "#8a8f98", "#1f6fb4", "#d98032"
 GATE_MARKS = {"strong": "o", "weak": "s", "softplus": "^"}
+DECODE_MARKS = {"fp32, T = 1": "o", "fp32, T = 4": "D", "bf16, T = 1": "s", "bf16, T = 4": "^"}
+OTHER_MARK = "X"
 
 
 def pyplot():
@@ -30,53 +34,83 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-def draw_prefill(result: Path, directory: Path) -> list[Path]:
-    """Every figure of one prefill result; returns the files written into `directory`."""
-    content = json.loads(result.read_text())["prefill"]
-    drawn = [draw_cases(content, directory / f"{result.stem}-cases.svg")]
+def draw(result: Path, directory: Path) -> list[Path]:
+    """Every figure of one result file; returns the files written into `directory`."""
+    content = json.loads(result.read_text())
+    drawn = []
+    if "prefill" in content:
+        drawn += draw_prefill(content["prefill"], result.stem, directory)
+    if "decode" in content:
+        drawn.append(draw_decode(content["decode"], directory / f"{result.stem}-cases.svg"))
+    if "layer" in content:
+        drawn.append(draw_layer(content["layer"], directory / f"{result.stem}.svg"))
+    return drawn
+
+
+def draw_decode(content: dict, path: Path) -> Path:
+    return draw_cases(
+        content, path, lambda row: f"{row['state']}, T = {row['T']}", DECODE_MARKS, "graph",
+        "milliseconds a call in a CUDA graph, median", "decoding, sequences x heads, D = 128",
+    )  # fmt: skip
+
+
+def draw_prefill(content: dict, stem: str, directory: Path) -> list[Path]:
+    drawn = [
+        draw_cases(
+            content,
+            directory / f"{stem}-cases.svg",
+            lambda row: row["gate"],
+            GATE_MARKS,
+            "eager",
+            "milliseconds an eager call, median",
+            "prefill, D = 128",
+        )  # fmt: skip
+    ]
     for axis, fixed, label in (("T", "H", "tokens T"), ("H", "T", "heads H")):
         series = single_sequence_series(content["rows"], axis, fixed)
         if series:
-            path = directory / f"{result.stem}-over-{axis}.svg"
+            path = directory / f"{stem}-over-{axis}.svg"
             drawn.append(draw_series(content, series, axis, fixed, label, path))
     return drawn
 
 
-def draw_cases(content: dict, path: Path) -> Path:
-    """Time of every case and gate: the floor, ours and FLA as marks on one logarithmic line."""
+def draw_cases(content: dict, path: Path, kind_of, marks: dict, time: str, label: str, title: str) -> Path:
+    """Time of every case and kind of row: the floor, ours and FLA as marks on one logarithmic line.
+
+    kind_of gives a row's kind, marks its mark; time is the kind of timing that is drawn.
+    """
     plt = pyplot()
     rows = content["rows"]
-    labels = list(dict.fromkeys(row["case"] for row in rows))
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(labels) + 1.4))
-    for place, label in enumerate(labels):
-        group = [row for row in rows if row["case"] == label]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(cases) + 1.4))
+    for place, case in enumerate(cases):
+        group = [row for row in rows if row["case"] == case]
         for i, row in enumerate(group):
-            y = place + (i - (len(group) - 1) / 2) * 0.24
-            marks = [
-                (row["floor_ms"], FLOOR, "|"),
-                (row["ours"]["eager"]["median_ms"], OURS, GATE_MARKS[row["gate"]]),
-            ]
+            y = place + (i - (len(group) - 1) / 2) * (0.72 / max(3, len(group)))
+            mark = marks.get(kind_of(row), OTHER_MARK)
+            points = [(row["floor_ms"], FLOOR, "|"), (row["ours"][time]["median_ms"], OURS, mark)]
             if "fla" in row:
-                marks.append((row["fla"]["eager"]["median_ms"], FLA, GATE_MARKS[row["gate"]]))
-            axes.plot([marks[0][0], marks[-1][0]], [y, y], color="#dddddd", linewidth=1, zorder=1)
-            for x, color, mark in marks:
+                points.append((row["fla"][time]["median_ms"], FLA, mark))
+            axes.plot([points[0][0], points[-1][0]], [y, y], color="#dddddd", linewidth=1, zorder=1)
+            for x, color, mark in points:
                 axes.scatter(x, y, color=color, marker=mark, s=16 if mark != "|" else 40, zorder=2)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.set_xlabel("milliseconds an eager call, median")
-    gates = [gate for gate in GATE_MARKS if any(row["gate"] == gate for row in rows)]
+    axes.set_xlabel(label)
+    found = list(dict.fromkeys(kind_of(row) for row in rows))
+    kinds = sorted(found, key=lambda kind: list(marks).index(kind) if kind in marks else len(marks))
     entries = [("memory floor", FLOOR, "|")]
-    entries += [(f"flash-kda, {gate}", OURS, GATE_MARKS[gate]) for gate in gates]
+    entries += [(f"flash-kda, {kind}", OURS, marks.get(kind, OTHER_MARK)) for kind in kinds]
     if any("fla" in row for row in rows):
-        entries += [(f"FLA Triton, {gate}", FLA, GATE_MARKS[gate]) for gate in gates]
+        entries += [(f"FLA Triton, {kind}", FLA, marks.get(kind, OTHER_MARK)) for kind in kinds]
     handles = [
         axes.scatter([], [], color=color, marker=mark, s=24, label=name) for name, color, mark in entries
     ]
     axes.legend(handles=handles, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title(f"{content['environment']['device']}, prefill, D = 128")
+    axes.set_title(f"{content['environment']['device']}, {title}")
     saved = save(figure, path)
     plt.close(figure)
     return saved
@@ -115,6 +149,35 @@ def draw_series(content: dict, series: dict, axis: str, fixed: str, label: str, 
     return saved
 
 
+def draw_layer(content: dict, path: Path) -> Path:
+    """Time of a whole layer, prefill and decode: the matrix products, the rest, and the memory floor."""
+    plt = pyplot()
+    names = {"ours": "flash-kda", "fla": "transformers\nwith FLA", "torch": "transformers\nPyTorch"}
+    figure, both = plt.subplots(1, 2, figsize=(8, 2.4))
+    for axes, part in zip(both, ("prefill", "decode")):
+        section = content[part]
+        rows = [row for row in section["rows"] if "time" in row][::-1]
+        times = {row["name"]: row["time"]["median_ms"] for row in rows}
+        products = section["products"]["median_ms"]
+        # PyTorch's bar leaves the figure where it would make the others too small to see.
+        end = 1.25 * max(times.get("fla", 0.0), 2 * times["ours"])
+        for place, (name, total) in enumerate(times.items()):
+            color = OURS if name == "ours" else FLA
+            axes.barh(place, products, color=FLOOR, height=0.6)
+            axes.barh(place, total - products, left=products, color=color, height=0.6)
+            axes.annotate(f" {total:.3f}", (min(total, end), place), va="center", fontsize=7)
+        axes.axvline(section["floor_ms"], color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlim(0, end)
+        axes.set_yticks(range(len(rows)), [names[name] for name in times])
+        axes.set_title(section["title"])
+        axes.set_xlabel("ms (grey: matrix products; dotted: floor)")
+    figure.suptitle(f"{content['environment']['device']}, one layer of Kimi-Linear-48B", y=1.05)
+    figure.tight_layout()
+    saved = save(figure, path)
+    plt.close(figure)
+    return saved
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,7 +185,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--out", type=Path, help="folder of the figures; the result's own without it")
     options = parser.parse_args()
-    for figure in draw_prefill(options.result, options.out or options.result.parent):
+    for figure in draw(options.result, options.out or options.result.parent):
         print(f"wrote {figure}")
 
 

@@ -170,7 +170,7 @@ def main() -> None:
     if not options.no_plots:
         import plots
 
-        for figure in plots.draw_prefill(path, options.out):
+        for figure in plots.draw(path, options.out):
             print(f"wrote {figure}")
 
 

@@ -4,8 +4,9 @@
     python benchmarks/tables.py --check      only say whether they are what the JSON files say
     (--readme FILE and --results DIR name other places)
 
-A section is what stands between the lines `<!-- results:NAME -->` and `<!-- /results -->`. NAME is "errors"
-or "prefill", the part of prefill-<device>.json with that name; there is one table for every device.
+A section is what stands between the lines `<!-- results:NAME -->` and `<!-- /results -->`. NAME is "errors",
+"prefill" or "decode", a part of prefill-<device>.json or decode-<device>.json with that name; there is one
+table for every device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from cases import CASES, GATES, QUICK
+from cases import CASES, DECODE_CASES, DECODE_QUICK, GATES, QUICK
 
 SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 NO_RESULTS = "No results are recorded. `bash scripts/gpu_check.sh` on a machine with a GPU records some."
@@ -127,13 +128,56 @@ def prefill_table(content: dict) -> list[str]:
     ]
 
 
-TABLES = {"errors": errors_table, "prefill": prefill_table}
+def decode_command(rows: list[dict]) -> str:
+    """The call of decode.py that measures these rows."""
+    words = ["python benchmarks/decode.py"]
+    cases = distinct(row["case"] for row in rows)
+    if set(cases) == set(DECODE_QUICK):
+        words.append("--quick")
+    elif cases != [shape.name for shape in DECODE_CASES]:
+        words.append(f"--cases {' '.join(cases)}")
+    for option, name, usual in (("--states", "state", ["fp32", "bf16"]), ("--tokens", "T", [1, 4])):
+        values = distinct(row[name] for row in rows)
+        if values != usual:
+            words.append(f"{option} {' '.join(map(str, values))}")
+    return " ".join(words + ["--no-fla"] * (not with_fla(rows)))
+
+
+def decode_table(content: dict) -> list[str]:
+    rows, fla = content["rows"], with_fla(content["rows"])
+    header = ["sequences x heads", "T", "state", "ms", "p10..p90", "floor ms", "ms / floor"]
+    header += ["FLA ms", "FLA / ours"] * fla
+    body = []
+    for row in rows:
+        graph = row["ours"]["graph"]
+        cells = [row["case"], str(row["T"]), row["state"], milliseconds(graph["median_ms"])]
+        cells.append(f"{milliseconds(graph['p10_ms'])}..{milliseconds(graph['p90_ms'])}")
+        cells += [milliseconds(row["floor_ms"]), f"{row['over_floor']:.2f}"]
+        if fla and "fla" in row:
+            cells += [milliseconds(row["fla"]["graph"]["median_ms"]), f"{row['speedup_over_fla']:.2f}"]
+        elif fla:
+            cells += ["", ""]
+        body.append(cells)
+    host = ", ".join(f"{name} {1e3 * timing['median_ms']:.0f}" for name, timing in content["host"].items())
+    about = f"Copy bandwidth {content['copy_bytes_per_s'] / 1e12:.2f} TB/s; "
+    about += f"host time of a call, microseconds: {host}."
+    if "fused" in content:
+        fused = content["fused"]
+        about += (
+            f" Fused step at {fused['case']}, fp32 state: {milliseconds(fused['fused']['median_ms'])} ms,"
+        )
+        about += f" {fused['over_bare']:.2f} of the bare one's {milliseconds(fused['bare']['median_ms'])}."
+    return [f"{measured_on(content)} `{decode_command(rows)}`", about, "", *markdown(header, body)]
+
+
+TABLES = {"errors": errors_table, "prefill": prefill_table, "decode": decode_table}
+RESULTS = ("prefill-*.json", "decode-*.json")
 
 
 def read_results(directory: Path) -> list[tuple[Path, dict]]:
-    """Every prefill-<device>.json of `directory`, by name."""
+    """The result files of `directory`, by name."""
     found = []
-    for path in sorted(directory.glob("prefill-*.json")):
+    for path in sorted(path for pattern in RESULTS for path in directory.glob(pattern)):
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
