@@ -1,6 +1,7 @@
 """KDA layers for PyTorch models on top of the flash-kda kernel.
 
     from hf_layer import KimiDeltaAttention, kernel_status, load_kernel
+    from hf_layer import kernelize, register, report, unkernelize, unregister   # transformers' own models
 
 Importing this package touches neither the network nor the kernel; names are resolved on first use.
 """
@@ -14,7 +15,12 @@ _HOME = {
     "KernelLoad": "loading",
     "KimiDeltaAttention": "layer",
     "kernel_status": "loading",
+    "kernelize": "models",
     "load_kernel": "loading",
+    "register": "models",
+    "report": "report",
+    "unkernelize": "models",
+    "unregister": "models",
 }
 __all__ = sorted(_HOME)
 

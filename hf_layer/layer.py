@@ -9,6 +9,7 @@ strictly.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from . import reference
 from .hub_layers import packed_boundaries
-from .loading import load_kernel
+from .loading import load_kernel, reference_reason
 
 GATES = ("softplus", "lower_bound")
 
@@ -26,6 +27,19 @@ def kernel_for(x: torch.Tensor) -> ModuleType | None:
     """The kernel package for inputs like x [B, T, H, K], or None. CPU tensors have one where no GPU is."""
     on_cpu = x.device.type == "cpu" and x.shape[-1] == 128 and not torch.cuda.is_available()
     return load_kernel().module if x.is_cuda or on_cpu else None
+
+
+def fla_for_training(q: torch.Tensor, lower_bound: float | None) -> Callable | None:
+    """flash-linear-attention's `chunk_kda`, which has a backward kernel, where it is installed and made for
+    the inputs; None where the differentiable reference is to run: on other devices, and in float32, which
+    FLA's matrix products round to TF32."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or lower_bound == 0:
+        return None
+    try:
+        from fla.ops.kda import chunk_kda
+    except ImportError:
+        return None
+    return chunk_kda
 
 
 class ForgetGate(nn.Module):
@@ -84,7 +98,7 @@ class GatedRMSNorm(nn.Module):
 
 class KimiDeltaAttention(nn.Module):
     """One KDA layer. The delta rule runs on the flash-kda kernel where that serves the call, else on the
-    reference.
+    reference; for training on a GPU in 16 bits, on flash-linear-attention's kernels if they are installed.
 
     Args:
         hidden_size: width of the model.
@@ -217,40 +231,42 @@ class KimiDeltaAttention(nn.Module):
 
     def delta_rule_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """One line: what runs the delta rule of inputs on `device` in `dtype` (without grad), and why."""
-        on_cpu = device.type == "cpu" and not torch.cuda.is_available()
-        if device.type != "cuda" and not on_cpu:
-            return f"reference: input on {device.type}"
         load = load_kernel()
         if load.module is None:
             return load.status
-        dtypes = (torch.bfloat16, torch.float32) if on_cpu else (torch.bfloat16,)
-        if dtype not in dtypes or self.head_dim != 128:
-            names = " and ".join(str(served).removeprefix("torch.") for served in dtypes)
-            return f"reference: the kernel serves {names} with head_dim 128, got {dtype} with {self.head_dim}"
-        return load.status
+        reason = reference_reason(load.module, self.head_dim, device, dtype)
+        return load.status if reason is None else f"reference: {reason}"
 
     def _delta_rule(self, q, k, v, g, beta, state, output_final_state, cu_seqlens):
-        """Raw gate and beta logits in, (o, final state) out. The kernel's chunk_kda falls back by itself."""
-        kernel = kernel_for(q)
+        """Raw gate and beta logits in, (o, final state) out. The kernel's calls fall back by themselves."""
+        A_log, dt_bias = self.forget_gate.A_log.flatten().float(), self.forget_gate.dt_bias.float()
+        lower_bound = self.forget_gate.lower_bound
+        more = {}
+        kernel, one_token = kernel_for(q), q.shape[1] == 1
         if kernel is not None:
-            run = kernel.chunk_kda
+            run = kernel.fused_recurrent_kda if one_token else kernel.chunk_kda
         else:
-            run = reference.recurrent_kda if q.shape[1] == 1 else reference.chunk_kda
+            run = reference.recurrent_kda if one_token else reference.chunk_kda
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta, A_log, dt_bias)):
+            if (fla := fla_for_training(q, lower_bound)) is not None:
+                run, more = fla, {"safe_gate": lower_bound is not None}
+                cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
         return run(
             q,
             k,
             v,
             g,
             beta,
-            A_log=self.forget_gate.A_log.flatten().float(),
-            dt_bias=self.forget_gate.dt_bias.float(),
-            lower_bound=self.forget_gate.lower_bound,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            lower_bound=lower_bound,
             initial_state=state,
             output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,
             cu_seqlens=cu_seqlens,
+            **more,
         )
 
     def _short_conv(self, x: torch.Tensor, cache) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CARD.md", "CHANGELOG.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CARD.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/transformers.md")
 README = (ROOT / "README.md").read_text()
 
 
@@ -76,7 +76,7 @@ def test_links_lead_somewhere(document):
         if target.startswith("#"):
             assert target[1:] in headings, f"no heading for {target}"
         elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), f"{target} does not exist"
+            assert (ROOT / document).parent.joinpath(target).exists(), f"{target} does not exist"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -193,6 +193,18 @@ def timing(ms: float) -> dict:
     return {"median_ms": ms, "p10_ms": 0.9 * ms, "p90_ms": 1.1 * ms, "repeats": 20}
 
 
+def decode_results() -> dict:
+    """A result file as benchmarks/decode.py writes it."""
+    row = {"case": "32x32", "T": 1, "state": "fp32", "floor_ms": 0.0447, "over_floor": 1.074}
+    row |= {"ours": {"graph": timing(0.048)}, "fla": {"graph": timing(0.0577)}, "speedup_over_fla": 1.202}
+    other = {"case": "64x64", "T": 4, "state": "bf16", "floor_ms": 0.09, "over_floor": 1.2}
+    other |= {"ours": {"graph": timing(0.108)}}
+    fused = {"case": "32x32", "fused": timing(0.0504), "bare": timing(0.048), "over_bare": 1.05}
+    host = {"fused_recurrent_kda": timing(0.0132), "FLA": timing(0.061)}
+    section = {"environment": ENVIRONMENT, "copy_bytes_per_s": 3.01e12, "host": host, "rows": [row, other]}
+    return {"decode": section | {"fused": fused}}
+
+
 def results() -> dict:
     """A result file as benchmarks/errors.py and benchmarks/prefill.py write it."""
     long = {"case": "8192/H96", "gate": "strong", "floor_ms": 0.34, "over_floor": 2.94}
@@ -219,7 +231,8 @@ def page(tmp_path, tables):
     folder.mkdir()
     readme.write_text(
         "# Title\n\n<!-- results:errors -->\n<!-- /results -->\n\ntext\n\n"
-        "<!-- results:prefill -->\nold\n<!-- /results -->\n\nend\n"
+        "<!-- results:prefill -->\nold\n<!-- /results -->\n\n"
+        "<!-- results:decode -->\n<!-- /results -->\n\nend\n"
     )
 
     class Page:
@@ -263,6 +276,34 @@ def test_tables_hold_the_results(page):
     assert "old" not in prefill and prefill.endswith("<!-- /results -->\n\nend\n")
 
 
+def test_the_table_of_decoding(page, tables):
+    page.add("decode-test.json", decode_results())
+    assert page.run() == 0
+    table = page.text.split("results:decode")[1]
+    assert rows_of(table)[2:] == [
+        ["32x32", "1", "fp32", "0.0480", "0.0432..0.0528", "0.0447", "1.07", "0.0577", "1.20"],
+        ["64x64", "4", "bf16", "0.108", "0.0972..0.119", "0.0900", "1.20", "", ""],
+    ]
+    assert "`python benchmarks/decode.py --cases 32x32 64x64`" in table
+    assert "3.01 TB/s" in table and "microseconds: fused_recurrent_kda 13, FLA 61." in table
+    assert "Fused step at 32x32, fp32 state: 0.0504 ms, 1.05 of the bare one's 0.0480." in table
+    content = decode_results()
+    del content["decode"]["fused"], content["decode"]["rows"][0]["fla"]
+    content["decode"]["rows"].pop()
+    page.add("decode-test.json", content)
+    assert page.run() == 0
+    table = page.text.split("results:decode")[1]
+    assert "Fused" not in table and "FLA ms" not in table
+    assert "`python benchmarks/decode.py --cases 32x32 --states fp32 --tokens 1 --no-fla`" in table
+    rows = [
+        {"case": c.name, "T": T, "state": s, "fla": {}}
+        for c in tables.DECODE_CASES
+        for s in ("fp32", "bf16")
+        for T in (1, 4)
+    ]
+    assert tables.decode_command(rows) == "python benchmarks/decode.py"
+
+
 def test_tables_without_fla(page):
     content = results()
     for section in ("errors", "prefill"):
@@ -294,7 +335,7 @@ def test_every_device_has_its_table(page):
 
 def test_no_results_are_said_to_be_none(page):
     assert page.run() == 0
-    assert page.text.count("No results are recorded.") == 2 and "old" not in page.text
+    assert page.text.count("No results are recorded.") == 3 and "old" not in page.text
 
 
 def test_check_tells_a_changed_number_and_a_new_result(page, capsys):
@@ -332,7 +373,7 @@ def test_bad_results(page, capsys, bad):
 @pytest.mark.parametrize(
     "change",
     [
-        ("results:prefill", "results:decode"),
+        ("results:prefill", "results:training"),
         ("<!-- /results -->\n\ntext", "text"),
         ("<!-- results:errors -->", ""),
     ],
@@ -342,4 +383,4 @@ def test_bad_sections(page, capsys, change):
     page.write(page.text.replace(*change))
     before = page.text
     assert page.run() == 1 and page.text == before
-    assert "expected the sections errors, prefill" in capsys.readouterr().err
+    assert "expected the sections errors, prefill, decode" in capsys.readouterr().err

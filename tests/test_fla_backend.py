@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hf_layer
-from hf_layer import api
+from hf_layer import api, decode
 from hf_layer.loading import KernelLoad
 
 H, D = 2, 128
@@ -29,10 +29,12 @@ needs_fla = pytest.mark.skipif(not FLA_IS_THERE, reason="flash-linear-attention 
 
 @pytest.fixture(params=["contract", pytest.param("fla", marks=needs_fla)])
 def fla(request, monkeypatch):
-    """Our backend in front of a `fla.ops.kda.chunk_kda` that returns "fla", in FLA or its stand-in.
+    """Our backends in front of a `fla.ops.kda.chunk_kda` and a `fused_recurrent_kda_fwd` that return "fla",
+    in FLA or its stand-in.
 
-    Attributes: module (hf_layer.fla), chunk_kda (dispatched), taken (keyword arguments of the calls that
-    reached the kernel), load (what load_kernel gives).
+    Attributes: module (hf_layer.fla), chunk_kda, decode and another (dispatched; the latter is a function of
+    the operation "kda" that is not ours), taken (arguments by name of the calls that reached the kernel),
+    load (what load_kernel gives).
     """
     if request.param == "contract":
         for name, module in fla_contract.modules().items():
@@ -49,25 +51,42 @@ def fla(request, monkeypatch):
     def chunk_kda(*args, **kwargs):
         return "fla"
 
+    def fused_recurrent_kda_fwd(*args, **kwargs):
+        return "fla"
+
+    def chunk_kda_fwd_intra(*args, **kwargs):
+        return "fla"
+
     monkeypatch.setattr(kda, "chunk_kda", backends.dispatch(chunk_kda))
     taken = []
 
-    def kernel(*args, **kwargs):
-        taken.append(dict(inspect.signature(api.chunk_kda).bind(*args, **kwargs).arguments))
-        return "kernel"
+    def recorder(function):
+        def kernel(*args, **kwargs):
+            taken.append(dict(inspect.signature(function).bind(*args, **kwargs).arguments))
+            return "kernel"
+
+        return kernel
 
     module = importlib.import_module("hf_layer.fla")
     context = SimpleNamespace(
         module=module,
         chunk_kda=kda.chunk_kda,
+        decode=backends.dispatch("kda")(fused_recurrent_kda_fwd),
+        another=backends.dispatch("kda")(chunk_kda_fwd_intra),
         taken=taken,
-        load=KernelLoad(SimpleNamespace(chunk_kda=kernel), "a test", None),
+        load=KernelLoad(
+            kernel_of(recorder(api.chunk_kda), recorder(decode.fused_recurrent_kda)), "a test", None
+        ),
     )
     monkeypatch.setattr(module, "load_kernel", lambda: context.load)
     monkeypatch.setattr(api, "_sm_major", lambda device: 9)
     with FakeTensorMode():
         yield context
     module.unregister()
+
+
+def kernel_of(chunk_kda, fused_recurrent_kda=None) -> SimpleNamespace:
+    return SimpleNamespace(chunk_kda=chunk_kda, fused_recurrent_kda=fused_recurrent_kda)
 
 
 def call(**changes) -> dict:
@@ -260,10 +279,152 @@ def test_the_kernel_s_errors_are_not_swallowed(fla):
     def kernel(*args, **kwargs):
         raise RuntimeError("k: expected shape")
 
-    fla.load = KernelLoad(SimpleNamespace(chunk_kda=kernel), "a test", None)
+    fla.load = KernelLoad(kernel_of(kernel), "a test", None)
     fla.module.register()
     with torch.inference_mode(), pytest.raises(RuntimeError, match="k: expected shape"):
         fla.chunk_kda(**call())
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def decode_call(**changes) -> dict:
+    """Keyword arguments of FLA's inner function, as `fused_recurrent_kda` hands them on."""
+    arguments = call(shape=changes.pop("shape", (3, 1, H, H, D)), dtype=changes.pop("dtype", torch.bfloat16))
+    arguments.pop("safe_gate")
+    arguments |= dict(scale=0.5, inplace_final_state=False, cu_seqlens=None)
+    arguments.update((name, value() if callable(value) else value) for name, value in changes.items())
+    return arguments
+
+
+def slots(*size, dtype=torch.int32):
+    return dict(
+        initial_state=zeros(10, H, D, D),
+        ssm_state_indices=zeros(*size, dtype=dtype),
+        inplace_final_state=True,
+    )
+
+
+DECODE_TAKEN = {
+    "as-the-layer-calls": {},
+    "four-tokens": dict(shape=(3, 4, H, H, D)),
+    "softplus": dict(lower_bound=None),
+    "pre-activated": dict(use_gate_in_kernel=False, A_log=None, dt_bias=None, lower_bound=None),
+    "no-A_log": dict(A_log=None),
+    "k-first": dict(state_v_first=False),
+    "bf16-states": dict(initial_state=zeros(3, H, D, D, dtype=torch.bfloat16)),
+    "pack": dict(
+        shape=(1, 4, H, H, D), initial_state=zeros(2, H, D, D), cu_seqlens=zeros(3, dtype=torch.int64)
+    ),
+    "grouped-heads": dict(shape=(3, 1, 2, 8, D)),
+    "in-place": dict(inplace_final_state=True),
+    "pool": slots(3),
+    "pool-of-a-pack": slots(3) | dict(shape=(1, 3, H, H, D), cu_seqlens=zeros(4, dtype=torch.int32)),
+    "drafts": slots(3, 4) | dict(shape=(3, 4, H, H, D), num_accepted_tokens=zeros(3, dtype=torch.int32)),
+    "drafts-from-the-first": slots(3, 4) | dict(shape=(3, 4, H, H, D)),
+    "out": dict(out=zeros(3, 1, H, D, dtype=torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("changes", DECODE_TAKEN.values(), ids=DECODE_TAKEN)
+def test_decoding_takes(fla, changes):
+    fla.module.register()
+    arguments = decode_call(**changes)
+    with torch.inference_mode():
+        assert fla.decode(**arguments) == "kernel"
+    assert len(fla.taken) == 1
+    for name, value in arguments.items():
+        assert fla.taken[0][name] is value, name
+
+
+DECODE_HANDED_BACK = {
+    "unknown": (dict(later=1), "unknown arguments: later"),
+    "lower-bound": (dict(lower_bound=-6.0), "lower_bound: -6.0 is outside [-5, 0]"),
+    "headwise-beta": (
+        dict(beta=zeros(3, 1, H, D)),
+        "beta: one number for each channel of v is not supported",
+    ),
+    "softplus-without-A_log": (dict(lower_bound=None, A_log=None), "A_log: the softplus gate has none"),
+    "negative-eigenvalues": (
+        dict(allow_neg_eigval=True, use_beta_sigmoid_in_kernel=False),
+        "allow_neg_eigval: means nothing without use_beta_sigmoid_in_kernel",
+    ),
+    "no-state": (
+        dict(inplace_final_state=True, initial_state=None),
+        "initial_state: in place, and there is none",
+    ),
+    "pool-and-several-tokens": (
+        slots(3) | dict(shape=(3, 2, H, H, D)),
+        "ssm_state_indices: one slot for a sequence, and not one token",
+    ),
+    "counts-without-slots": (
+        slots(3) | dict(num_accepted_tokens=zeros(3, dtype=torch.int32)),
+        "num_accepted_tokens: without slots [N, T]",
+    ),
+    "pool-not-in-place": (
+        slots(3) | dict(inplace_final_state=False),
+        "inplace_final_state: states of a pool are updated in place",
+    ),
+    "head-dim": (dict(shape=(3, 1, H, H, 64)), "K and V are not both 128"),
+    "fp32": (dict(dtype=torch.float32), "q, k and v are not all bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), DECODE_HANDED_BACK.values(), ids=DECODE_HANDED_BACK)
+def test_decoding_hands_back(fla, caplog, changes, reason):
+    fla.module.register()
+    with caplog.at_level(logging.INFO, logger="hf_layer.fla"), torch.inference_mode():
+        assert fla.decode(**decode_call(**changes)) == "fla"
+    assert not fla.taken
+    assert caplog.messages == [f"[FLA Backend] kda.fused_recurrent_kda_fwd rejected: {reason}"]
+
+
+def test_decoding_in_fla_s_order_and_with_its_defaults(fla, caplog):
+    fla.module.register()
+    x = decode_call()
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "scale")
+    with caplog.at_level(logging.INFO, logger="hf_layer.fla"), torch.inference_mode():
+        assert fla.decode(*(x[name] for name in names)) == "kernel"
+    assert all(fla.taken[0][name] is x[name] for name in names)
+    assert fla.taken[0]["inplace_final_state"] is True
+    assert caplog.messages == ["[FLA Backend] kda.fused_recurrent_kda_fwd -> flashkda"]
+
+
+def test_other_functions_of_the_operation_stay_with_fla(fla):
+    fla.module.register()
+    assert fla.another(1, later=2) == "fla"
+
+
+def test_decoding_is_switched_with_the_rest(fla, monkeypatch):
+    assert fla.decode(**decode_call()) == "fla"
+    fla.module.register()
+    with torch.inference_mode():
+        assert fla.decode(**decode_call()) == "kernel"
+        monkeypatch.setenv("FLA_FLASH_KDA", "0")
+        assert fla.decode(**decode_call()) == "fla"
+        monkeypatch.delenv("FLA_FLASH_KDA")
+        fla.module.unregister()
+        assert fla.decode(**decode_call()) == "fla"
+
+
+@needs_fla
+def test_the_signature_of_fla_s_inner_function_is_what_we_think():
+    from fla.ops.kda.fused_recurrent import fused_recurrent_kda, fused_recurrent_kda_fwd
+
+    from hf_layer.fla import DecodeBackend
+
+    theirs = inspect.signature(inspect.unwrap(fused_recurrent_kda_fwd)).parameters
+    ours = inspect.signature(DecodeBackend.fused_recurrent_kda_fwd_verifier).parameters
+    names = [name for name, parameter in theirs.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[1:-1] == names
+    assert all(theirs[name].default == ours[name].default for name in names)
+    handed_on = list(inspect.signature(DecodeBackend.fused_recurrent_kda_fwd).parameters)[1:-1]
+    assert handed_on == names[: len(handed_on)]
+    public = inspect.signature(inspect.unwrap(fused_recurrent_kda)).parameters
+    kernel = inspect.signature(decode.fused_recurrent_kda).parameters
+    names = [name for name, parameter in public.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert list(kernel)[: len(names)] == names
+    assert all(public[name].default == kernel[name].default for name in names if name != "initial_state")
 
 
 @needs_fla

@@ -202,9 +202,7 @@ def calls(kernel_package, monkeypatch):
 
     layers = kernel_package.layers
     monkeypatch.setattr(layers, "chunk_kda", noting("chunk", layers.chunk_kda))
-    monkeypatch.setattr(
-        layers.reference, "recurrent_kda", noting("recurrent", layers.reference.recurrent_kda)
-    )
+    monkeypatch.setattr(layers, "fused_recurrent_kda", noting("recurrent", layers.fused_recurrent_kda))
     folder = Path(kernel_package.__file__).parent
     with kernels.use_kernel_mapping({}, inherit_mapping=True):
         kernels.register_kernel_mapping(

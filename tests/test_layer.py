@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 from pathlib import Path
 
@@ -238,16 +239,19 @@ def test_new_layers_forget_slowly_at_first():
 
 
 def stub_kernel(calls: list) -> types.ModuleType:
-    """A kernel package whose chunk_kda notes its arguments and answers with tensors of the right shapes."""
+    """A kernel package whose calls note their arguments and answer with tensors of the right shapes."""
     module = types.ModuleType("stub_kernel")
     module.__file__ = "/somewhere/torch-stable-abi211-cu130-x86_64-linux/__init__.py"
 
-    def chunk_kda(q, k, v, g, beta, **options):
-        calls.append(dict(q=q, k=k, v=v, g=g, beta=beta, **options))
-        B, _, H, D = q.shape
-        return torch.zeros_like(v), torch.zeros(B, H, D, D, device=q.device)
+    def noting(name):
+        def kernel(q, k, v, g, beta, **options):
+            calls.append(dict(name=name, q=q, k=k, v=v, g=g, beta=beta, **options))
+            B, _, H, D = q.shape
+            return torch.zeros_like(v), torch.zeros(B, H, D, D, device=q.device)
 
-    module.chunk_kda = chunk_kda
+        return kernel
+
+    module.chunk_kda, module.fused_recurrent_kda = noting("chunk_kda"), noting("fused_recurrent_kda")
     return module
 
 
@@ -282,6 +286,7 @@ def test_the_kernel_gets_raw_logits(gate, monkeypatch):
         assert torch.equal(calls[-1]["g"].flatten(-2), logits)
         assert torch.equal(calls[-1]["beta"], ours.b_proj(x))
     prefill, decode = calls
+    assert (prefill["name"], decode["name"]) == ("chunk_kda", "fused_recurrent_kda")
     for call in calls:
         assert call["g"].dtype == call["beta"].dtype == torch.bfloat16
         assert call["A_log"].dtype == call["dt_bias"].dtype == torch.float32
@@ -309,26 +314,78 @@ def test_compiles_without_graph_breaks_once_the_kernel_is_loaded(kernel_package,
     assert_same(torch.compile(ours, backend="eager", fullgraph=True)(x), expected)
 
 
-def test_backend_line(monkeypatch):
+def test_backend_line(cpu_package, monkeypatch):
+    """The kernel package is asked which inputs it serves; the line has its words."""
     ours, small = KimiDeltaAttention(HIDDEN, HEADS), KimiDeltaAttention(HIDDEN, HEADS, head_dim=64)
     cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert ours.delta_rule_backend(cpu, bf16) == "reference: input on cpu"
-    assert ours.delta_rule_backend(torch.device("meta"), bf16) == "reference: input on meta"
-
     monkeypatch.setattr(layer_module, "load_kernel", lambda: KernelLoad(None, None, "it rains"))
     assert ours.delta_rule_backend(cuda, bf16) == "reference: it rains"
 
-    monkeypatch.setattr(layer_module, "load_kernel", lambda: KernelLoad(stub_kernel([]), "a test", None))
-    line = "flash-kda kernel torch-stable-abi211-cu130-x86_64-linux loaded from a test"
-    assert ours.delta_rule_backend(cuda, bf16) == line
-    assert "got torch.float32" in ours.delta_rule_backend(cuda, torch.float32)
-    assert "with 64" in small.delta_rule_backend(cuda, bf16)
+    load = KernelLoad(cpu_package, "a test", None)
+    monkeypatch.setattr(layer_module, "load_kernel", lambda: load)
+    for dtype in (bf16, torch.float32):
+        assert ours.delta_rule_backend(cpu, dtype) == load.status
+    wanted = cpu_package.api.reference_reason(
+        *(torch.empty(1, 1, 1, 128).half() for _ in range(5)), None, None, None
+    )
+    assert ours.delta_rule_backend(cpu, torch.float16) == f"reference: {wanted}"
+    assert "K and V are not both 128" in small.delta_rule_backend(cpu, bf16)
+    for device in (cuda, torch.device("meta")):
+        assert ours.delta_rule_backend(device, bf16) == "reference: q is not a tensor on a CPU device"
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ours.delta_rule_backend(cpu, bf16) == ours.delta_rule_backend(cpu, torch.float32) == line
-    line = ours.delta_rule_backend(cpu, torch.float64)
-    assert "bfloat16 and float32 with head_dim 128, got torch.float64" in line
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "lower_bound", "taken"),
+    [
+        ("cuda", torch.bfloat16, None, True),
+        ("cuda", torch.float16, -5.0, True),
+        ("cuda", torch.bfloat16, 0.0, False),
+        ("cuda", torch.float32, None, False),
+        ("cpu", torch.bfloat16, None, False),
+    ],
+    ids=str,
+)
+def test_training_takes_flash_linear_attention_where_it_is_made_for(
+    device, dtype, lower_bound, taken, monkeypatch
+):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fla = types.ModuleType("fla.ops.kda")
+    fla.chunk_kda = object()
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.kda", fla)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 3, 128, device=device, dtype=dtype)
+    assert layer_module.fla_for_training(q, lower_bound) is (fla.chunk_kda if taken else None)
+    monkeypatch.setitem(sys.modules, "fla.ops.kda", None)  # not installed
+    assert layer_module.fla_for_training(q, lower_bound) is None
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_only_training_calls_flash_linear_attention(gate, monkeypatch):
+    """With a gradient FLA gets what the kernel gets, and its word that a bounded gate is bounded."""
+    trained, served = [], []
+    monkeypatch.setattr(layer_module, "kernel_for", lambda x: stub_kernel(served))
+    monkeypatch.setattr(layer_module, "fla_for_training", lambda q, bound: stub_kernel(trained).chunk_kda)
+    _, _, ours = make_pair(gate)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with torch.no_grad():
+        ours(tokens(1, 9), cu_seq_lens_q=bounds)
+    assert not trained and len(served) == 1
+    ours(tokens(1, 9), cu_seq_lens_q=bounds)
+    assert len(trained) == len(served) == 1
+    assert trained[0].pop("safe_gate") is (gate == "lower_bound")
+    assert trained[0]["cu_seqlens"].dtype == torch.int64  # FLA takes no other
+    assert trained[0]["A_log"].requires_grad and trained[0]["q"].requires_grad
+    assert trained[0].keys() == served[0].keys()
+    for name, value in served[0].items():
+        same = (
+            torch.equal(trained[0][name], value)
+            if isinstance(value, torch.Tensor)
+            else trained[0][name] == value
+        )
+        assert same, name
 
 
 @torch.no_grad()

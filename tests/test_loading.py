@@ -18,7 +18,17 @@ import pytest
 import torch
 
 import flash_kda
-from hf_layer import api, hub_layers, kernel_status, load_kernel, loading, ops, reference
+from hf_layer import (
+    api,
+    decode,
+    fused_decode,
+    hub_layers,
+    kernel_status,
+    load_kernel,
+    loading,
+    ops,
+    reference,
+)
 
 ROOT = Path(loading.__file__).resolve().parent.parent
 
@@ -245,10 +255,44 @@ def test_without_a_gpu_the_checkout_gives_the_variant_for_cpus(hub, tmp_path, mo
     assert hub == []
 
 
+def test_a_folder_is_looked_at_and_nothing_else(hub, tmp_path, monkeypatch):
+    variant = write_variant(tmp_path / "build" / "torch-cpu", "name = 'named'")
+    monkeypatch.setenv("LOCAL_KERNELS", "org/flash-kda=/no/such/folder")
+    monkeypatch.setattr(loading, "checkout_with_build", lambda: pytest.fail("the checkout was looked at"))
+    for path in (variant, str(variant), tmp_path / "build", tmp_path):
+        load = load_kernel(path=path)
+        assert load.module.name == "named" and load.source == str(path)
+    load = load_kernel(path=tmp_path / "nothing")
+    assert load.module is None and load.reason.startswith(f"{tmp_path / 'nothing'}: ")
+    assert hub == []
+    with pytest.raises(
+        ValueError, match="path: expected no repo_id and no revision with it, got 'me/fork', None"
+    ):
+        load_kernel(path=variant, repo_id="me/fork")
+    with pytest.raises(ValueError, match="path: expected no repo_id and no revision with it, got None, 'v1'"):
+        load_kernel(path=variant, revision="v1")
+
+
+@pytest.mark.parametrize("named", [dict(repo_id="me/fork"), dict(revision="v1")], ids=str)
+@pytest.mark.parametrize("has_gpu", [False, True], ids=["no GPU", "GPU"])
+def test_a_repository_that_is_named_is_asked_for_with_or_without_a_gpu(has_gpu, named, hub, monkeypatch):
+    """Rather than the checkout. Without a GPU it is the variant for CPUs, whatever torch is made for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(loading, "checkout_with_build", lambda: pytest.fail("the checkout was looked at"))
+    load_kernel(**named, trust_remote_code=("me/fork",))
+    ((repo_id, options),) = hub
+    assert repo_id == named.get("repo_id", "org/flash-kda")
+    wanted = dict(version=None if "revision" in named else 1, revision=named.get("revision"))
+    wanted |= dict(trust_remote_code=["me/fork"]) | ({} if has_gpu else dict(backend="cpu"))
+    assert options == wanted
+
+
 def test_front_without_a_kernel(monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", "org/flash-kda=/no/such/folder")
     assert flash_kda.reference is reference
     assert flash_kda.chunk_kda is api.chunk_kda
+    assert flash_kda.fused_recurrent_kda is decode.fused_recurrent_kda
+    assert flash_kda.fused_kda_decode is fused_decode.fused_kda_decode
     assert flash_kda.layers is hub_layers
     with pytest.raises(ImportError, match="flash_kda.fwd needs the kernel, .*/no/such/folder"):
         flash_kda.fwd
@@ -258,6 +302,8 @@ def test_front_without_a_kernel(monkeypatch):
         flash_kda.forward
     with pytest.raises(RuntimeError, match="this call needs the kernel, .*/no/such/folder"):
         ops.kda_prefill()
+    with pytest.raises(RuntimeError, match="this call needs the kernel, .*/no/such/folder"):
+        ops.kda_decode()
 
 
 def test_front_hands_names_on_to_the_kernel(gpu, hub, monkeypatch):

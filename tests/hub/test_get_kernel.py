@@ -40,7 +40,7 @@ def test_cold_then_warm(hub, client):
     """The first call downloads one variant and no other; the second asks only whether version 1 has moved."""
     cold = client.output(TRUSTED)
     assert cold["file"].startswith("hub/kernels--org--flash-kda/snapshots/")
-    assert cold["names"] == ["chunk_kda", "fwd", "layers", "reference"]
+    assert cold["names"] == ["chunk_kda", "fused_kda_decode", "fused_recurrent_kda", "fwd", "layers", "reference"]
     assert cold["error"] < 1e-5 and cold["state"] == [1, 2, 128, 128]
     variants = {path.split("/")[1] for path in hub.downloads()}
     assert len(variants) == 1 and variants == {cold["file"].split("/")[-2]}
@@ -302,11 +302,12 @@ def test_layer_repository_through_transformers(hub, client):
         model.set_use_kernels(True)
         (loaded,) = get_loaded_kernels()
         calls = []
-        for where, name in ((loaded.module.layers, "chunk_kda"), (loaded.module.reference, "recurrent_kda")):
-            def count(*arguments, _call=getattr(where, name), _name=name, **keywords):
+        layers = loaded.module.layers
+        for name in ("chunk_kda", "fused_recurrent_kda"):
+            def count(*arguments, _call=getattr(layers, name), _name=name, **keywords):
                 calls.append(_name)
                 return _call(*arguments, **keywords)
-            setattr(where, name, count)
+            setattr(layers, name, count)
         after = generate()
         print(json.dumps(dict(same=before == after, calls=calls, repo=loaded.repo_info.repo_id)))
         """
