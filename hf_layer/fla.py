@@ -31,6 +31,7 @@ import torch
 from fla.backends import BaseBackend
 from fla.backends import register as add_backend
 
+from . import intermediate
 from .api import reference_reason
 from .loading import KernelLoad, load_kernel
 from .reference import LOWER_BOUND_MIN
@@ -121,8 +122,8 @@ class Backend(_Switched):
             reason = f"no kernel: {self.load.reason}"
         elif cp_context is not None:
             reason = "cp_context: context parallelism is not supported"
-        elif return_intermediate_states:
-            reason = "return_intermediate_states: states inside a sequence are not kept"
+        elif return_intermediate_states and chunk_size != intermediate.STEP:
+            reason = f"chunk_size: {chunk_size} with return_intermediate_states, which are kept every {intermediate.STEP}"
         elif use_graph:
             reason = "use_graph: padding behind the last sequence is not supported"
         elif unknown:

@@ -20,6 +20,20 @@ void check_state(const std::optional<Tensor>& state, const char* name, bool v_fi
   check_contiguous(*state, name);
 }
 
+// [B, NT, HV, ...]; the number of a pack's states depends on cu_seqlens, whose values only the device sees.
+void check_intermediate_states(const std::optional<Tensor>& states, bool v_first, const Sizes& sizes, bool packed,
+                               int32_t device) {
+  if (!states) return;
+  const char* name = "intermediate_states";
+  check_device(*states, name, device);
+  check_dtype(*states, name, {ScalarType::BFloat16});
+  STD_TORCH_CHECK(states->dim() == 5, name, ": expected 5 dimensions, got shape ", bracketed(states->sizes()));
+  const int64_t count = packed ? states->size(1) : (sizes.T + kIntermediateStep - 1) / kIntermediateStep;
+  check_shape(*states, name, v_first ? "[B, NT, HV, V, K]" : "[B, NT, HV, K, V]",
+              {sizes.B, count, sizes.HV, kHeadDim, kHeadDim});
+  check_contiguous(*states, name);
+}
+
 }  // namespace
 }  // namespace kda
 
@@ -31,7 +45,8 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                  const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& out,
                  std::optional<torch::stable::Tensor>& final_state, double scale, std::optional<double> lower_bound,
                  bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
-                 bool allow_neg_eigval, bool state_v_first, bool portable) {
+                 bool allow_neg_eigval, bool state_v_first, bool portable,
+                 std::optional<torch::stable::Tensor>& intermediate_states) {
   using namespace kda;
   const AttentionArguments arguments{.q = q,
                                      .k = k,
@@ -53,9 +68,12 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
   check_state(initial_state, "initial_state", state_v_first, sizes.N, sizes.HV, device);
   check_state(final_state, "final_state", state_v_first, sizes.N, sizes.HV, device);
   check_state_dtypes(initial_state, final_state);
+  check_intermediate_states(intermediate_states, state_v_first, sizes, cu_seqlens.has_value(), device);
   if (sizes.N == 0) return;
   PrefillParams params{attention_params(arguments, sizes)};
   params.initial_state = state_tensor(initial_state, state_v_first);
   params.final_state = state_tensor(final_state, state_v_first);
+  params.intermediate_states = state_tensor(intermediate_states, state_v_first);
+  params.num_intermediate_states = intermediate_states ? intermediate_states->size(0) * intermediate_states->size(1) : 0;
   run_prefill(params, device, portable);
 }

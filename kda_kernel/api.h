@@ -5,7 +5,7 @@
 
 #include <optional>
 
-// Kimi Delta Attention over whole sequences, written into `out` and `final_state`; the schema with the shapes stands
+// Kimi Delta Attention over whole sequences, written into `out` and the states; the schema with the shapes stands
 // in torch-ext/torch_binding.cpp. Bad arguments raise before anything is launched or written.
 void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
                  const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
@@ -15,7 +15,8 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                  const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& out,
                  std::optional<torch::stable::Tensor>& final_state, double scale, std::optional<double> lower_bound,
                  bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
-                 bool allow_neg_eigval, bool state_v_first, bool portable);
+                 bool allow_neg_eigval, bool state_v_first, bool portable,
+                 std::optional<torch::stable::Tensor>& intermediate_states);
 
 // The same for one or a few tokens of each sequence, with its state in place, in a pool's slots or in `final_state`.
 void kda_decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,

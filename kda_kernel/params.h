@@ -68,9 +68,15 @@ struct AttentionParams {
   bool out_aligned;     // every row of out does
 };
 
+// Every how many tokens of a sequence, from its start, prefill can keep the state.
+constexpr int kIntermediateStep = 64;
+
 struct PrefillParams : AttentionParams {
   StateTensor initial_state;
   StateTensor final_state;
+  StateTensor intermediate_states;   // the states before tokens 0, 64, 128 ... of each sequence, one after another; null:
+                                     // not wanted
+  int64_t num_intermediate_states;   // room for these; more are not written
 };
 
 // Recurrent states in slots: slot i is [HV, V, K] (v_first) or [HV, K, V], contiguous, slot_stride * i elements behind

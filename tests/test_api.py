@@ -157,9 +157,9 @@ def test_transpose_state_layout_is_the_old_name(kernel_package, v_first):
 
 BAD = {
     "intermediate-states": (
-        dict(return_intermediate_states=True),
-        NotImplementedError,
-        "return_intermediate_states: ",
+        dict(return_intermediate_states=True, chunk_size=32),
+        ValueError,
+        "chunk_size: expected 64 with return_intermediate_states, got 32",
     ),
     "cp_context": (dict(cp_context=object()), NotImplementedError, "cp_context: "),
     "use_graph": (dict(use_graph=True), NotImplementedError, "use_graph: "),

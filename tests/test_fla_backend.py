@@ -163,8 +163,8 @@ def test_takes(fla, changes):
 HANDED_BACK = {
     "context-parallel": (dict(cp_context=object()), "cp_context: context parallelism is not supported"),
     "intermediate-states": (
-        dict(return_intermediate_states=True),
-        "return_intermediate_states: states inside a sequence are not kept",
+        dict(return_intermediate_states=True, chunk_size=32),
+        "chunk_size: 32 with return_intermediate_states, which are kept every 64",
     ),
     "use-graph": (dict(use_graph=True), "use_graph: padding behind the last sequence is not supported"),
     "unknown": (dict(later=1, another=2), "unknown arguments: another, later"),

@@ -31,6 +31,19 @@ __device__ __forceinline__ bool sequences_valid(const SequenceBounds& bounds, in
   return __syncthreads_or(wrong) == 0;
 }
 
+// How many intermediate states the sequences before this one have; the same for every lane of the calling warp.
+__device__ __forceinline__ int64_t intermediate_states_before(const SequenceBounds& bounds, int64_t index,
+                                                              int64_t num_tokens) {
+  const auto states = [](int64_t length) { return (length + kIntermediateStep - 1) / kIntermediateStep; };
+  if (bounds.data == nullptr) return index * states(num_tokens);
+  int64_t sum = 0;
+  for (int64_t i = threadIdx.x % 32; i < index; i += 32) {
+    sum += states(sequence_bound(bounds, i + 1) - sequence_bound(bounds, i));
+  }
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  return sum;
+}
+
 __device__ __forceinline__ Sequence find_sequence(const SequenceBounds& bounds, int64_t index, int64_t num_tokens) {
   int64_t begin = 0, length = num_tokens;
   if (bounds.data != nullptr) {

@@ -65,6 +65,7 @@ std::vector<Job> make_jobs(const AttentionParams& p, int64_t threads) {
   const int64_t all_tokens = packed ? p.num_tokens : p.num_sequences * p.num_tokens;
   std::vector<Job> jobs;
   jobs.reserve(p.num_sequences * p.num_heads);
+  int64_t intermediate_states = 0;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const int64_t begin = packed ? bounds[n] : 0, end = packed ? bounds[n + 1] : p.num_tokens;
     const double share = static_cast<double>(threads) * (end - begin) / std::max<int64_t>(1, all_tokens * p.num_heads);
@@ -77,9 +78,11 @@ std::vector<Job> make_jobs(const AttentionParams& p, int64_t threads) {
                         .end = end,
                         .head = head,
                         .first_panel = panel,
-                        .last_panel = panel + panels});
+                        .last_panel = panel + panels,
+                        .first_intermediate_state = intermediate_states});
       }
     }
+    intermediate_states += (end - begin + kIntermediateStep - 1) / kIntermediateStep;
   }
   std::stable_sort(jobs.begin(), jobs.end(),
                    [](const Job& x, const Job& y) { return x.end - x.begin > y.end - y.begin; });

@@ -194,9 +194,9 @@ void advance_panel(const PrefillParams& p, const Job& job, int64_t first, int le
   update_state(length, w, S);
 }
 
-// Where row `row` of one head's state begins: V-first rows are the columns of S.
-inline int64_t state_row(const Job& job, int32_t heads, int64_t row) {
-  return ((job.sequence * heads + job.head) * kHeadDim + row) * kHeadDim;
+// Where row `row` of the head's state of that number begins: V-first rows are the columns of S.
+inline int64_t state_row(const Job& job, int64_t state, int32_t heads, int64_t row) {
+  return ((state * heads + job.head) * kHeadDim + row) * kHeadDim;
 }
 
 void load_state(const StateTensor& x, const Job& job, int32_t heads, Workspace& w) {
@@ -207,33 +207,33 @@ void load_state(const StateTensor& x, const Job& job, int32_t heads, Workspace& 
     } else if (x.v_first) {
       for (int c = 0; c < kPanel; ++c) {
         float row[kHeadDim];
-        const int64_t index = state_row(job, heads, panel * kPanel + c);
+        const int64_t index = state_row(job, job.sequence, heads, panel * kPanel + c);
         for (int d = 0; d < kHeadDim; d += kLanes) store(row + d, load_as(x.dtype, x.data, index + d));
         for (int d = 0; d < kHeadDim; ++d) S[d][c] = row[d];
       }
     } else {
       for (int d = 0; d < kHeadDim; ++d) {
-        const int64_t index = state_row(job, heads, d) + panel * kPanel;
+        const int64_t index = state_row(job, job.sequence, heads, d) + panel * kPanel;
         for (int c = 0; c < kPanel; c += kLanes) store(S[d] + c, load_as(x.dtype, x.data, index + c));
       }
     }
   }
 }
 
-void store_state(const StateTensor& x, const Job& job, int32_t heads, const Workspace& w) {
+void store_state(const StateTensor& x, const Job& job, int64_t state, int32_t heads, const Workspace& w) {
   if (x.data == nullptr) return;
   for (int panel = job.first_panel; panel < job.last_panel; ++panel) {
     const float(*S)[kPanel] = w.S[panel];
     if (x.v_first) {
       for (int c = 0; c < kPanel; ++c) {
         float row[kHeadDim];
-        const int64_t index = state_row(job, heads, panel * kPanel + c);
+        const int64_t index = state_row(job, state, heads, panel * kPanel + c);
         for (int d = 0; d < kHeadDim; ++d) row[d] = S[d][c];
         for (int d = 0; d < kHeadDim; d += kLanes) store_as(x.dtype, x.data, index + d, load(row + d));
       }
     } else {
       for (int d = 0; d < kHeadDim; ++d) {
-        const int64_t index = state_row(job, heads, d) + panel * kPanel;
+        const int64_t index = state_row(job, state, heads, d) + panel * kPanel;
         for (int c = 0; c < kPanel; c += kLanes) store_as(x.dtype, x.data, index + c, load(S[d] + c));
       }
     }
@@ -245,6 +245,10 @@ inline void run_job(const PrefillParams& p, const Job& job, Workspace& w) {
   load_state(p.initial_state, job, p.num_heads, w);
   for (int64_t first = job.begin; first < job.end; first += kChunk) {
     const int length = static_cast<int>(job.end - first < kChunk ? job.end - first : kChunk);
+    if ((first - job.begin) % kIntermediateStep == 0) {
+      const int64_t index = job.first_intermediate_state + (first - job.begin) / kIntermediateStep;
+      if (index < p.num_intermediate_states) store_state(p.intermediate_states, job, index, p.num_heads, w);
+    }
     load_tokens(p, job, first, length, rate, w);
     for (int i = length; i < kChunk; ++i) w.beta[i] = 0.0f;
     decay_from_start(length, w);
@@ -253,7 +257,7 @@ inline void run_job(const PrefillParams& p, const Job& job, Workspace& w) {
       advance_panel(p, job, first, length, panel, w);
     }
   }
-  store_state(p.final_state, job, p.num_heads, w);
+  store_state(p.final_state, job, job.sequence, p.num_heads, w);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ struct Job {
   int32_t head;
   int32_t first_panel;
   int32_t last_panel;
+  int64_t first_intermediate_state;  // the sequence's
 };
 
 // What a job of prefill needs beside its tensors: one chunk's factors and the state, all float32.

@@ -11,7 +11,19 @@
 
 namespace kda::prefill {
 
-// What a call with invalid cu_seqlens gives: NaN in every element of out and final_state. The CTAs of a head share
+__device__ inline void poison_state(const StateTensor& state, int64_t index) {
+  const float nan = __int_as_float(0x7fffffff);
+  for (int e = threadIdx.x; e < kHeadDim * kHeadDim; e += kThreads) {
+    const int64_t offset = index * kHeadDim * kHeadDim + e;
+    if (state.dtype == FloatKind::kFloat32) {
+      static_cast<float*>(state.data)[offset] = nan;
+    } else {
+      static_cast<__nv_bfloat16*>(state.data)[offset] = __float2bfloat16(nan);
+    }
+  }
+}
+
+// What a call with invalid cu_seqlens gives: NaN in every element of out and of the states. The CTAs of a head share
 // the tokens.
 __device__ inline void poison(const PrefillParams& p, int64_t sequence, int head, int64_t state_index) {
   const float nan = __int_as_float(0x7fffffff);
@@ -19,14 +31,10 @@ __device__ inline void poison(const PrefillParams& p, int64_t sequence, int head
   for (int64_t token = sequence; token < p.num_tokens; token += p.num_sequences) {
     for (int e = threadIdx.x; e < kHeadDim; e += kThreads) out[token * p.out.token_stride + e] = __float2bfloat16(nan);
   }
-  if (p.final_state.data == nullptr) return;
-  for (int e = threadIdx.x; e < kHeadDim * kHeadDim; e += kThreads) {
-    const int64_t offset = state_index * kHeadDim * kHeadDim + e;
-    if (p.final_state.dtype == FloatKind::kFloat32) {
-      static_cast<float*>(p.final_state.data)[offset] = nan;
-    } else {
-      static_cast<__nv_bfloat16*>(p.final_state.data)[offset] = __float2bfloat16(nan);
-    }
+  if (p.final_state.data != nullptr) poison_state(p.final_state, state_index);
+  if (p.intermediate_states.data == nullptr) return;
+  for (int64_t state = sequence; state < p.num_intermediate_states; state += p.num_sequences) {
+    poison_state(p.intermediate_states, state * p.num_heads + head);
   }
 }
 
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform to the compiler, as the roles are
   if (warp < kStateWarps) {
     Engine::take_state_registers();
-    state_role<Engine>(p, shared, sequence, blockIdx.x, head, warp);
+    state_role<Engine>(p, shared, sequence, index, head, warp);
   } else {
     Engine::take_factor_registers();
     factor_role<kGate, Engine::kReadsThroughAsyncProxy>(p, shared, sequence.length, warp - kStateWarps);

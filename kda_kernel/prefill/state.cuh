@@ -161,11 +161,11 @@ __device__ __forceinline__ void store_output(const PrefillParams& p, const Token
 
 template <class Engine, class GElem>
 __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& shared, const Sequence& sequence,
-                           int64_t state_index, int head, int warp) {
+                           int64_t index, int head, int warp) {
   using S = Slot<GElem>;
   const int lane = threadIdx.x % 32;
   auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + warp * kRowsPerStateWarp;
-  const int64_t state_offset = state_index * kHeadDim * kHeadDim;
+  const int64_t state_offset = (index * p.num_heads + head) * kHeadDim * kHeadDim;
 
   ChunkLoader<GElem> loader(p, sequence, head, warp, lane);
   // All slots but one are loaded before the first chunk, then, during each chunk, the one consumed last.
@@ -188,9 +188,17 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
   const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
   const uint32_t beta_lane = S::kBeta + lane % 4 * 8;
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
+  int64_t next_state = p.intermediate_states.data == nullptr
+                           ? p.num_intermediate_states
+                           : intermediate_states_before(p.cu_seqlens, index, p.num_tokens);
   RingPosition ring{.slot = 0, .parity = 0};
   for (int token = 0; token < sequence.length; token += kChunk, out += kChunk * p.out.token_stride) {
     const uint32_t slot = shared.slot(ring.slot);
+    if (token % kIntermediateStep == 0 && next_state < p.num_intermediate_states) {
+      store_state(s, static_cast<__nv_bfloat16*>(p.intermediate_states.data) +
+                         (next_state++ * p.num_heads + head) * kHeadDim * kHeadDim,
+                  p.intermediate_states.v_first, warp, lane);
+    }
     loader.load_next(shared, sequence.length, p.inputs_aligned, warp, lane);
     barrier_wait(shared.raw_ready(ring.slot), ring.parity);
     barrier_wait(shared.factors_ready(ring.slot), ring.parity);

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch.autograd import forward_ad
 
-from . import reference
+from . import intermediate, reference
 from .ops import device_type, kda_prefill
 
 HEAD_DIM = 128
@@ -110,7 +110,7 @@ def chunk_kda(
     chunk_size: int = 64,
     transpose_state_layout: bool | None = None,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Kimi Delta Attention with the signature of flash-linear-attention 0.6.0. Formula: top of reference.py.
 
     The CUDA kernel serves bfloat16 q, k, v with K = V = 128 on SM80 and newer when no gradient is asked for,
@@ -138,8 +138,10 @@ def chunk_kda(
             exact; with use_gate_in_kernel it asks for a lower_bound.
         lower_bound: in [-5, 0], the least log decay of a token.
         disable_recompute: how a backward pass would spend memory; the result does not depend on it.
-        return_intermediate_states, cp_context, use_graph: not supported. (A CUDA graph can capture the call
-            as it is.)
+        return_intermediate_states: also return the states before tokens 0, 64, 128 ... of each sequence, as
+            prefix caches want them; needs chunk_size 64. With cu_seqlens their number depends on values:
+            reading them synchronises, unless cu_seqlens_cpu has them.
+        cp_context, use_graph: not supported. (A CUDA graph can capture the call as it is.)
         state_v_first: both states are [N, HV, V, K].
         cu_seqlens: int32 or int64 [N + 1], with B = 1: N sequences packed along T, from 0 to T without
             decrease. The CUDA kernel checks this on the device: if it does not hold, o and final_state are
@@ -156,11 +158,13 @@ def chunk_kda(
     Returns:
         o: [B, T, HV, V] in v's dtype.
         final_state: float32 (float64 if q, k or v is) in initial_state's layout, or None if not asked for.
+        states: only with return_intermediate_states, bfloat16 [B, NT, HV, K, V], or [B, NT, HV, V, K] with
+            state_v_first; NT is ceil(T / 64), with cu_seqlens the sum of the sequences' ceil(length / 64).
 
     Raises:
         TypeError, ValueError, RuntimeError (from the kernel): an argument is not as above; the message names
             it, what was expected and what came.
-        NotImplementedError: return_intermediate_states, cp_context or use_graph.
+        NotImplementedError: cp_context or use_graph.
     """
     _check_options(
         return_intermediate_states, cp_context, use_graph, chunk_size, safe_gate, use_gate_in_kernel, lower_bound,
@@ -174,12 +178,13 @@ def chunk_kda(
     if reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
         if out is not None:
             check_out(out, v)
-        o, final_state = reference.chunk_kda(
+        run = intermediate.reference_states if return_intermediate_states else reference.chunk_kda
+        o, *states = run(
             q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
             use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
             lower_bound, state_v_first, cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
         )  # fmt: skip
-        return (o if out is None else out.copy_(o)), final_state
+        return (o if out is None else out.copy_(o)), *states
 
     q, k, v, g = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g))
     if A_log is not None:
@@ -196,12 +201,16 @@ def chunk_kda(
     if output_final_state:
         N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         final_state = v.new_empty((N, v.shape[2], HEAD_DIM, HEAD_DIM), dtype=torch.float32)
+    states = None
+    if return_intermediate_states:
+        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+        states = intermediate.new_states(v, q, state_v_first, bounds)
     kda_prefill(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state,
         HEAD_DIM**-0.5 if scale is None else scale, lower_bound, use_gate_in_kernel, use_qk_l2norm_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, False, states,
     )  # fmt: skip
-    return out, final_state
+    return (out, final_state) if states is None else (out, final_state, states)
 
 
 def _check_options(
@@ -209,10 +218,6 @@ def _check_options(
     allow_neg_eigval, use_beta_sigmoid_in_kernel, cu_seqlens, cu_seqlens_cpu,
 ) -> None:  # fmt: skip
     """What FLA's signature allows and this package does not have, and options that do not fit each other."""
-    if return_intermediate_states:
-        raise NotImplementedError(
-            "return_intermediate_states: expected False, states inside a sequence are not kept"
-        )
     if cp_context is not None:
         raise NotImplementedError("cp_context: expected None, context parallelism is not supported")
     if use_graph:
@@ -221,6 +226,10 @@ def _check_options(
         )
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size!r}")
+    if return_intermediate_states and chunk_size != intermediate.STEP:
+        raise ValueError(
+            f"chunk_size: expected {intermediate.STEP} with return_intermediate_states, got {chunk_size}"
+        )
     if safe_gate and use_gate_in_kernel and lower_bound is None:
         raise ValueError(
             "lower_bound: expected a value in [-5, 0] with safe_gate and use_gate_in_kernel, got None"

@@ -41,8 +41,9 @@ def _kda_prefill_fake(
     allow_neg_eigval,
     state_v_first,
     portable=False,
+    intermediate_states=None,
 ) -> None:
-    """The operator writes into out and final_state and returns nothing."""
+    """The operator writes into out, final_state and intermediate_states and returns nothing."""
 
 
 @torch.library.register_fake(add_op_namespace_prefix("kda_short_conv"))

@@ -1,0 +1,49 @@
+"""chunk_kda(return_intermediate_states=True) on a GPU: FLA's meaning and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import TOLERANCE, inputs_for
+from kda_inputs import GATES, rel_rms, to_float64
+
+LENGTHS = (64, 0, 1, 63, 65, 128, 200, 31, 97)
+
+
+def prefix_states(reference, inputs: dict) -> torch.Tensor:
+    """The final states of runs that end where the states are kept, in float64. [B, NT, HV, ...]"""
+    inputs = to_float64(inputs)
+    packed, state = inputs["cu_seqlens"] is not None, inputs["initial_state"]
+    bounds = inputs["cu_seqlens"].tolist() if packed else [0, inputs["q"].shape[1]]
+    states = []
+    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        first = state[n : n + 1] if packed else state
+        for stop in range(begin, end, 64):
+            part = {name: inputs[name][:, begin:stop] for name in ("q", "k", "v", "g", "beta")}
+            run = {**inputs, **part, "initial_state": first, "cu_seqlens": None, "output_final_state": True}
+            states.append(reference.recurrent_kda(**run)[1])
+    return torch.stack(states, dim=1)
+
+
+@pytest.mark.parametrize("v_first", [False, True], ids=["k-first", "v-first"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_states(kernel_package, gate, packed, v_first):
+    shape = dict(lengths=LENGTHS) if packed else dict(B=2, T=200)
+    inputs = inputs_for(gate, H=1, HV=2, state_v_first=v_first, **shape)
+    o, final_state, states = kernel_package.chunk_kda(**inputs, return_intermediate_states=True)
+    plain = kernel_package.chunk_kda(**inputs)
+    assert torch.equal(o, plain[0]) and torch.equal(final_state, plain[1])
+    assert states.dtype == torch.bfloat16
+    assert rel_rms(prefix_states(kernel_package.reference, inputs), states.double()) <= TOLERANCE
+
+
+def test_bad_bounds_poison_the_states(kernel_package):
+    inputs = inputs_for("lower-weak", lengths=(100, 100))
+    bounds = inputs["cu_seqlens"].clone()
+    inputs["cu_seqlens"][2] = 150
+    o, final_state, states = kernel_package.chunk_kda(
+        **inputs, return_intermediate_states=True, cu_seqlens_cpu=bounds.cpu()
+    )
+    assert o.isnan().all() and final_state.isnan().all() and states.isnan().all()
+    assert states.shape[1] == 4
