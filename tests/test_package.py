@@ -26,7 +26,7 @@ SCHEMA = (
     "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
     "float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, "
     "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
-    "bool portable=False) -> ()"
+    "bool portable=False, Tensor(c!)? intermediate_states=None) -> ()"
 )
 
 
