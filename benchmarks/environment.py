@@ -15,11 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def load_kernel():
-    """The kernel package built under build/, loaded as `get_kernel` loads it."""
+def load_kernel(backend: str | None = None):
+    """The kernel package built under build/, loaded as `get_kernel` loads it; by default of torch's backend."""
     from kernels import get_local_kernel
 
-    return get_local_kernel(ROOT)
+    return get_local_kernel(ROOT, backend=backend)
+
+
+def metadata_of(kernel) -> dict:
+    return json.loads((Path(kernel.__file__).parent / "metadata.json").read_text())
 
 
 def load_fla():
@@ -48,7 +52,7 @@ def version_of(distribution: str) -> str | None:
 def describe(kernel) -> dict:
     """Device, versions and the commit the kernel was built from."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    metadata = json.loads((Path(kernel.__file__).parent / "metadata.json").read_text())
+    metadata = metadata_of(kernel)
     return {
         "device": device.name,
         "multiprocessors": device.multi_processor_count,

@@ -37,16 +37,14 @@ void check_intermediate_states(const std::optional<Tensor>& states, bool v_first
 }  // namespace
 }  // namespace kda
 
-void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-                 const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
-                 const std::optional<torch::stable::Tensor>& A_log,
-                 const std::optional<torch::stable::Tensor>& dt_bias,
-                 const std::optional<torch::stable::Tensor>& initial_state,
-                 const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& out,
-                 std::optional<torch::stable::Tensor>& final_state, double scale, std::optional<double> lower_bound,
+void kda_prefill(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& v, const kda::Tensor& g,
+                 const kda::Tensor& beta, const std::optional<kda::Tensor>& A_log,
+                 const std::optional<kda::Tensor>& dt_bias, const std::optional<kda::Tensor>& initial_state,
+                 const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& out,
+                 std::optional<kda::Tensor>& final_state, double scale, std::optional<double> lower_bound,
                  bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
                  bool allow_neg_eigval, bool state_v_first, bool portable,
-                 std::optional<torch::stable::Tensor>& intermediate_states) {
+                 std::optional<kda::Tensor>& intermediate_states) {
   using namespace kda;
   const AttentionArguments arguments{.q = q,
                                      .k = k,
@@ -67,7 +65,7 @@ void kda_prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
   const int32_t device = q.get_device_index();
   check_state(initial_state, "initial_state", state_v_first, sizes.N, sizes.HV, device);
   check_state(final_state, "final_state", state_v_first, sizes.N, sizes.HV, device);
-  check_state_dtypes(initial_state, final_state);
+  check_state_dtypes(pointer(initial_state), pointer(final_state));
   check_intermediate_states(intermediate_states, state_v_first, sizes, cu_seqlens.has_value(), device);
   if (sizes.N == 0) return;
   PrefillParams params{attention_params(arguments, sizes)};

@@ -1,13 +1,12 @@
 // The arguments that the attention operators have in common: their checks, and the parameters made of them.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 
 #include "checks.h"
 #include "params.h"
+#include "tensor.h"
 
 namespace kda {
 
@@ -51,7 +50,7 @@ inline FloatKind float_kind(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float ? FloatKind::kFloat32 : FloatKind::kBFloat16;
 }
 
-inline void check_state_dtypes(const std::optional<Tensor>& initial_state, const std::optional<Tensor>& final_state) {
+inline void check_state_dtypes(const Tensor* initial_state, const Tensor* final_state) {
   STD_TORCH_CHECK(!initial_state || !final_state || initial_state->scalar_type() == final_state->scalar_type(),
                   "final_state: expected the dtype of initial_state, ", dtype_name(initial_state->scalar_type()),
                   ", got ", dtype_name(final_state->scalar_type()));

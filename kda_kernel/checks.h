@@ -1,8 +1,6 @@
 // What every operator asks of its tensors. A message names the argument, what was expected and what came.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -11,11 +9,9 @@
 #include <string>
 
 #include "backend.h"
+#include "tensor.h"
 
 namespace kda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class Values>
 inline std::string bracketed(const Values& values) {
@@ -38,12 +34,11 @@ inline const char* dtype_name(ScalarType dtype) {
 }
 
 inline void check_dtype(const Tensor& x, const char* name, std::initializer_list<ScalarType> allowed) {
+  const ScalarType got = x.scalar_type();
+  if (std::find(allowed.begin(), allowed.end(), got) != allowed.end()) return;
   std::string expected;
-  for (ScalarType dtype : allowed) {
-    if (x.scalar_type() == dtype) return;
-    expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(dtype));
-  }
-  STD_TORCH_CHECK(false, name, ": expected dtype ", expected, ", got ", dtype_name(x.scalar_type()));
+  for (ScalarType dtype : allowed) expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  STD_TORCH_CHECK(false, name, ": expected dtype ", expected, ", got ", dtype_name(got));
 }
 
 inline void check_shape(const Tensor& x, const char* name, const char* meaning, std::initializer_list<int64_t> expected) {
@@ -60,7 +55,7 @@ inline void check_device(const Tensor& x, const char* name, int32_t device, cons
   }
   STD_TORCH_CHECK(x.is_cuda(), name, ": expected a CUDA tensor, got one on another device type");
   STD_TORCH_CHECK(x.get_device_index() == device, name, ": expected device cuda:", device, " as ", as,
-                  ", got cuda:", static_cast<int>(x.get_device_index()));
+                  ", got cuda:", x.get_device_index());
 }
 
 inline void check_last_dim_contiguous(const Tensor& x, const char* name) {
@@ -85,7 +80,7 @@ inline void check_no_overlap(const Tensor& x, const char* name) {
 inline void check_apart(const Tensor& output, const char* name, const Tensor& input, const char* input_name) {
   const auto* begin = static_cast<const char*>(output.data_ptr());
   const auto* other = static_cast<const char*>(input.data_ptr());
-  const auto bytes = [](const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); };
+  const auto bytes = [](const Tensor& x) { return x.numel() * x.element_size(); };
   const bool overlap = begin < other + bytes(input) && other < begin + bytes(output);
   STD_TORCH_CHECK(!overlap || !output.is_contiguous() || !input.is_contiguous(), name,
                   ": expected memory apart from that of ", input_name, ", got overlapping tensors");
@@ -93,7 +88,7 @@ inline void check_apart(const Tensor& output, const char* name, const Tensor& in
 
 // Does every row along the last dimension start at a multiple of 16 bytes?
 inline bool rows_aligned(const Tensor& x) {
-  const int64_t elements = 16 / static_cast<int64_t>(x.element_size());
+  const int64_t elements = 16 / x.element_size();
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) {
     aligned &= x.size(dim) <= 1 || x.stride(dim) % elements == 0;

@@ -3,7 +3,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+
 #include "backend.h"
+#include "common/per_device.h"
 #include "decode/launch.h"
 #include "layer/launch.h"
 #include "prefill/launch.h"
@@ -25,47 +28,64 @@ cudaStream_t current_stream(int32_t device) {
 
 // As 10 * major + minor; raises where no kernel runs.
 int check_capability(int32_t device) {
-  int major = 0, minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device query");
-  STD_TORCH_CHECK(major >= kMinComputeCapability, "q: expected a GPU of compute capability 8.0 or newer, got cuda:", device,
-                  " with ", major, ".", minor);
-  return 10 * major + minor;
+  static PerDevice capabilities;
+  int capability = 0;
+  const cudaError_t error = capabilities.get(device, capability, [](int device, int& capability) {
+    int major = 0, minor = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    capability = 10 * major + minor;
+    return error;
+  });
+  check_cuda(error, "device query");
+  STD_TORCH_CHECK(capability >= 10 * kMinComputeCapability,
+                  "q: expected a GPU of compute capability 8.0 or newer, got cuda:", device, " with ", capability / 10,
+                  ".", capability % 10);
+  return capability;
+}
+
+// Runs `launch` with the current stream of `device`, while that is the current device. (A DeviceGuard allocates, and
+// most often has nothing to do.)
+template <class Launch>
+void enqueue(int32_t device, const char* what, Launch launch) {
+  int current = -1;
+  check_cuda(cudaGetDevice(&current), "device query");
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (current != device) guard.emplace(device);
+  check_cuda(launch(current_stream(device)), what);
 }
 
 }  // namespace
 
 void run_prefill(const PrefillParams& params, int32_t device, bool portable) {
-  const int capability = check_capability(device);
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const bool hopper = capability == 90 && !portable;
+  const bool hopper = check_capability(device) == 90 && !portable;
   const auto launch = hopper ? launch_prefill_sm90 : launch_prefill_portable;
-  check_cuda(launch(params, current_stream(device)), hopper ? "launch of the SM90a prefill kernel"
-                                                            : "launch of the portable prefill kernel");
+  enqueue(device, hopper ? "launch of the SM90a prefill kernel" : "launch of the portable prefill kernel",
+          [&](cudaStream_t stream) { return launch(params, stream); });
 }
 
 void run_decode(const DecodeParams& params, int32_t device) {
   check_capability(device);
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_decode(params, current_stream(device)), "launch of the decode kernel");
+  enqueue(device, "launch of the decode kernel",
+          [&](cudaStream_t stream) { return launch_decode(params, stream); });
 }
 
 void run_fused_decode(const FusedDecodeParams& params, int32_t device) {
   check_capability(device);
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_fused_decode(params, current_stream(device)), "launch of the fused decode kernel");
+  enqueue(device, "launch of the fused decode kernel",
+          [&](cudaStream_t stream) { return launch_fused_decode(params, stream); });
 }
 
 void run_short_conv(const ShortConvParams& params, int32_t device) {
   check_capability(device);
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_short_conv(params, current_stream(device)), "launch of the short convolution");
+  enqueue(device, "launch of the short convolution",
+          [&](cudaStream_t stream) { return launch_short_conv(params, stream); });
 }
 
 void run_gated_norm(const GatedNormParams& params, int32_t device) {
   check_capability(device);
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_gated_norm(params, current_stream(device)), "launch of the gated RMS norm");
+  enqueue(device, "launch of the gated RMS norm",
+          [&](cudaStream_t stream) { return launch_gated_norm(params, stream); });
 }
 
 }  // namespace kda

@@ -19,7 +19,7 @@ void check_pool(const Tensor& x, const char* name, const char* rows, bool v_firs
                   ": expected contiguous slots (any stride in the first dimension), got strides ",
                   bracketed(x.strides()));
   if constexpr (kServesCpu) return;
-  const int64_t size = static_cast<int64_t>(x.element_size());
+  const int64_t size = x.element_size();
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % kStateAlignment == 0 &&
                       (slots <= 1 || x.stride(0) * size % kStateAlignment == 0),
                   name, ": expected slots that start at multiples of ", kStateAlignment, " bytes, got storage at ",
@@ -38,7 +38,7 @@ void check_indices(const Tensor& x, const char* name, int32_t device) {
   check_dtype(x, name, {ScalarType::Int, ScalarType::Long});
 }
 
-StatePool state_pool(const std::optional<Tensor>& x, bool v_first) {
+StatePool state_pool(const Tensor* x, bool v_first) {
   if (!x) return {.data = nullptr, .num_slots = 0, .slot_stride = 0, .dtype = FloatKind::kFloat32, .v_first = v_first};
   return {.data = x->data_ptr(),
           .num_slots = x->size(0),
@@ -47,7 +47,7 @@ StatePool state_pool(const std::optional<Tensor>& x, bool v_first) {
           .v_first = v_first};
 }
 
-IndexTensor index_tensor(const std::optional<Tensor>& x) {
+IndexTensor index_tensor(const Tensor* x) {
   if (!x) return {.data = nullptr, .row_stride = 0, .column_stride = 0, .is_int64 = false};
   return {.data = x->data_ptr(),
           .row_stride = x->stride(0),
@@ -78,7 +78,7 @@ void check_state_indices(const StateArguments& x, int64_t N, int32_t device) {
 void check_states(const StateArguments& x, const Sizes& sizes, int32_t device) {
   check_state_indices(x, sizes.N, device);
   if (x.initial_state) {
-    const bool pool = x.state_indices.has_value();
+    const bool pool = x.state_indices != nullptr;
     check_pool(*x.initial_state, x.name, pool ? "slots" : "N", x.state_v_first,
                pool && x.initial_state->dim() > 0 ? x.initial_state->size(0) : sizes.N, sizes.HV, device);
     if (x.inplace) check_slots_apart(*x.initial_state, x.name, sizes.HV);

@@ -1,21 +1,18 @@
 // What the decode operators ask of their states, and the parameters made of them.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-
 #include "arguments.h"
 #include "params.h"
+#include "tensor.h"
 
 namespace kda {
 
 struct StateArguments {
   const char* name;  // of initial_state, in messages
-  const std::optional<Tensor>& initial_state;
-  const std::optional<Tensor>& state_indices;
-  const std::optional<Tensor>& num_accepted_tokens;
-  const std::optional<Tensor>& final_state;
+  const Tensor* initial_state;
+  const Tensor* state_indices;
+  const Tensor* num_accepted_tokens;
+  const Tensor* final_state;
   bool state_v_first;
   bool inplace;
 };

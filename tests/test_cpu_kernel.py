@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from kda_inputs import GATES, conv_layout, make_inputs, rel_rms, to_float64
+from torch.multiprocessing.reductions import StorageWeakRef
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -321,6 +323,29 @@ def test_bad_input(op, bad):
     with pytest.raises(RuntimeError, match=message):
         call(op, x, x["out"], x["final_state"])
     assert all(y.isnan().all() for y in results)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["good", "bad"])
+def test_arguments_are_released(op, fails):
+    """After a call, refused or not, nobody but the caller holds a tensor."""
+    x = good_call()
+    if fails:
+        x["final_state"] = x["final_state"].bfloat16()  # what is looked at last
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        call(op, x, x["out"], x["final_state"])
+    storages = [StorageWeakRef(y.untyped_storage()) for y in x.values() if isinstance(y, torch.Tensor)]
+    assert len(storages) >= 10 and not any(storage.expired() for storage in storages)
+    x.clear()
+    assert all(storage.expired() for storage in storages)
+
+
+def test_a_dimension_of_one_may_have_any_stride(op):
+    x = make_inputs("softplus-init", 1, 20, 1, initial_state=True)
+    expected = run(op, x)
+    strides = (3, 5, 128, 1)
+    x["initial_state"] = x["initial_state"].as_strided((1, 1, 128, 128), strides)
+    x["cu_seqlens"] = torch.tensor([0, 20])
+    assert all(torch.equal(a, b) for a, b in zip(run(op, x), expected))
 
 
 def test_packed_sequences_need_one_row(op):

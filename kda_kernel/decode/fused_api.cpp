@@ -19,7 +19,7 @@ void check_vector(const Tensor& x, const char* name, int64_t size, int32_t devic
   STD_TORCH_CHECK(x.numel() == size, name, ": expected ", size, " elements, got shape ", bracketed(x.sizes()));
 }
 
-Weights weights(const std::optional<Tensor>& x) {
+Weights weights(const Tensor* x) {
   if (!x) return {.data = nullptr, .dtype = FloatKind::kFloat32};
   return {.data = x->data_ptr(), .dtype = float_kind(*x)};
 }
@@ -48,18 +48,15 @@ ConvState conv_state_params(const Tensor& x) {
 }  // namespace
 }  // namespace kda
 
-void kda_fused_decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-                      const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
-                      const torch::stable::Tensor& gate, const std::optional<torch::stable::Tensor>& A_log,
-                      const std::optional<torch::stable::Tensor>& dt_bias, torch::stable::Tensor& conv_state,
-                      torch::stable::Tensor& recurrent_state, const torch::stable::Tensor& conv_weight,
-                      const std::optional<torch::stable::Tensor>& conv_bias, const torch::stable::Tensor& norm_weight,
-                      const std::optional<torch::stable::Tensor>& state_indices,
-                      const std::optional<torch::stable::Tensor>& num_accepted_tokens,
-                      const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& out, double scale,
-                      double norm_eps, std::optional<double> lower_bound, bool use_gate_in_kernel,
-                      bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval,
-                      bool state_v_first) {
+void kda_fused_decode(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& v, const kda::Tensor& g,
+                      const kda::Tensor& beta, const kda::Tensor& gate, const std::optional<kda::Tensor>& A_log,
+                      const std::optional<kda::Tensor>& dt_bias, kda::Tensor& conv_state, kda::Tensor& recurrent_state,
+                      const kda::Tensor& conv_weight, const std::optional<kda::Tensor>& conv_bias,
+                      const kda::Tensor& norm_weight, const std::optional<kda::Tensor>& state_indices,
+                      const std::optional<kda::Tensor>& num_accepted_tokens,
+                      const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& out, double scale, double norm_eps,
+                      std::optional<double> lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel,
+                      bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first) {
   using namespace kda;
   const AttentionArguments arguments{.q = q,
                                      .k = k,
@@ -76,12 +73,11 @@ void kda_fused_decode(const torch::stable::Tensor& q, const torch::stable::Tenso
                                      .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
                                      .use_beta_sigmoid_in_kernel = use_beta_sigmoid_in_kernel,
                                      .allow_neg_eigval = allow_neg_eigval};
-  const std::optional<Tensor> state = recurrent_state, no_state;
   const StateArguments states{.name = "recurrent_state",
-                              .initial_state = state,
-                              .state_indices = state_indices,
-                              .num_accepted_tokens = num_accepted_tokens,
-                              .final_state = no_state,
+                              .initial_state = &recurrent_state,
+                              .state_indices = pointer(state_indices),
+                              .num_accepted_tokens = pointer(num_accepted_tokens),
+                              .final_state = nullptr,
                               .state_v_first = state_v_first,
                               .inplace = true};
   const Sizes sizes = check_attention(arguments);
@@ -106,10 +102,10 @@ void kda_fused_decode(const torch::stable::Tensor& q, const torch::stable::Tenso
 
   FusedDecodeParams params{decode_params(arguments, states, sizes)};
   params.conv_state = conv_state_params(conv_state);
-  params.conv_weight = weights(conv_weight);
-  params.conv_bias = weights(conv_bias);
+  params.conv_weight = weights(&conv_weight);
+  params.conv_bias = weights(pointer(conv_bias));
   params.norm_gate = token_tensor(gate);
-  params.norm_weight = weights(norm_weight);
+  params.norm_weight = weights(&norm_weight);
   params.norm_epsilon = static_cast<float>(norm_eps);
   run_fused_decode(params, device);
 }

@@ -78,12 +78,10 @@ void check_channel_tensors(const Tensor& q, const Tensor& k, const Tensor& v, co
 }  // namespace
 }  // namespace kda
 
-void kda_short_conv(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-                    const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias,
-                    const std::optional<torch::stable::Tensor>& initial_state,
-                    const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& q_out,
-                    torch::stable::Tensor& k_out, torch::stable::Tensor& v_out,
-                    std::optional<torch::stable::Tensor>& final_state) {
+void kda_short_conv(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& v, const kda::Tensor& weight,
+                    const std::optional<kda::Tensor>& bias, const std::optional<kda::Tensor>& initial_state,
+                    const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& q_out, kda::Tensor& k_out,
+                    kda::Tensor& v_out, std::optional<kda::Tensor>& final_state) {
   using namespace kda;
   check_channel_tensors(q, k, v, q_out, k_out, v_out);
   const int32_t device = q.get_device_index();
@@ -129,8 +127,8 @@ void kda_short_conv(const torch::stable::Tensor& q, const torch::stable::Tensor&
   run_short_conv(params, device);
 }
 
-void gated_rms_norm(const torch::stable::Tensor& x, const torch::stable::Tensor& gate,
-                    const torch::stable::Tensor& weight, torch::stable::Tensor& out, double eps, bool silu) {
+void gated_rms_norm(const kda::Tensor& x, const kda::Tensor& gate, const kda::Tensor& weight, kda::Tensor& out,
+                    double eps, bool silu) {
   using namespace kda;
   STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == kHeadDim, "x: expected shape [B, T, HV, 128], got ",
                   bracketed(x.sizes()));

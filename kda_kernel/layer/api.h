@@ -2,18 +2,16 @@
 // Bad arguments raise before anything is launched or written.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 
+#include "tensor.h"
+
 // Causal depthwise convolution and SiLU of q|k|v, written into q_out, k_out, v_out and final_state.
-void kda_short_conv(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-                    const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias,
-                    const std::optional<torch::stable::Tensor>& initial_state,
-                    const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& q_out,
-                    torch::stable::Tensor& k_out, torch::stable::Tensor& v_out,
-                    std::optional<torch::stable::Tensor>& final_state);
+void kda_short_conv(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& v, const kda::Tensor& weight,
+                    const std::optional<kda::Tensor>& bias, const std::optional<kda::Tensor>& initial_state,
+                    const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& q_out, kda::Tensor& k_out,
+                    kda::Tensor& v_out, std::optional<kda::Tensor>& final_state);
 
 // RMS norm of every head, times the sigmoid (or SiLU) of a gate, written into out.
-void gated_rms_norm(const torch::stable::Tensor& x, const torch::stable::Tensor& gate,
-                    const torch::stable::Tensor& weight, torch::stable::Tensor& out, double eps, bool silu);
+void gated_rms_norm(const kda::Tensor& x, const kda::Tensor& gate, const kda::Tensor& weight, kda::Tensor& out,
+                    double eps, bool silu);

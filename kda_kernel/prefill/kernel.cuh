@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/gate.cuh"
+#include "common/per_device.h"
 #include "common/ptx.cuh"
 #include "common/sequences.cuh"
 #include "prefill/factors.cuh"
@@ -99,17 +100,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <GateKind kGate, class GElem, class Engine>
 cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
+  auto* kernel = prefill_kernel<kGate, GElem, Engine>;
+  static PerDevice shared_limits;  // known where the kernel has been allowed the bytes of its ring
   int device, limit;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  error = shared_limits.get(device, limit, [kernel](int device, int& limit) {
+    const cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    const Ring ring = fit_ring<GElem>(limit);
+    if (ring.num_slots == 0) return cudaErrorInvalidConfiguration;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<GElem>(ring));
+  });
   if (error != cudaSuccess) return error;
   const Ring ring = fit_ring<GElem>(limit);
-  if (ring.num_slots == 0) return cudaErrorInvalidConfiguration;
   const int bytes = shared_bytes<GElem>(ring);
-  auto* kernel = prefill_kernel<kGate, GElem, Engine>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(p.num_sequences * p.num_heads), kThreads, bytes, stream>>>(p, ring);
   return cudaGetLastError();
 }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from harness import DEVICE, TOLERANCE, assert_accurate, inputs_for, op_arguments
 from kda_inputs import rel_rms, to_float64
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
 
 
@@ -184,6 +188,39 @@ def test_several_threads(kernel_package):
     for thread in threads:
         thread.join()
     assert not failures, failures
+
+
+FIRST_CALLS = """
+import sys, threading
+from pathlib import Path
+import torch
+from kernels import get_local_kernel
+root, threads = Path(sys.argv[1]), 8
+sys.path[:0] = [str(root / "tests"), str(root / "tests" / "gpu")]
+from harness import inputs_for
+kernel = get_local_kernel(root)
+x, found, together = inputs_for("lower-weak", T=50, H=2), {}, threading.Barrier(threads)
+torch.cuda.synchronize()
+def work(n):
+    together.wait()
+    found[n] = kernel.chunk_kda(**x)
+    torch.cuda.synchronize()
+workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+[worker.start() for worker in workers]
+[worker.join() for worker in workers]
+expected = kernel.chunk_kda(**x)
+good = [n for n in found if all(torch.equal(a, b) for a, b in zip(found[n], expected))]
+print("same results:", len(good))
+"""
+
+
+def test_first_calls_of_several_threads():
+    """In a new process, where what is kept for each device is not known yet."""
+    command = [sys.executable, "-c", FIRST_CALLS, str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0 and run.stdout.split("\n")[-2] == "same results: 8", (
+        run.stdout + run.stderr[-3000:]
+    )
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)

@@ -12,7 +12,8 @@ from . import intermediate, reference
 from .ops import device_type, kda_prefill
 
 HEAD_DIM = 128
-QKV_DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.bfloat16, torch.float32)}
+BF16_OR_FP32 = (torch.bfloat16, torch.float32)
+QKV_DTYPES = {"cuda": (torch.bfloat16,), "cpu": BF16_OR_FP32}
 MIN_SM_MAJOR = 8
 
 
@@ -64,16 +65,14 @@ def fwd(
         RuntimeError: any other tensor or value is not as above, or the GPU is older than SM80. The message
             names the argument, what was expected and what came; nothing has been written.
     """
-    if q.device.type != device_type:
+    if not (q.is_cpu if device_type == "cpu" else q.is_cuda):
         raise ValueError(
             f"q: expected a {device_type.upper()} tensor, got one on {q.device} "
             "(chunk_kda serves other devices too)"
         )
-    inputs = dict(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
-    if _needs_grad(*inputs.values()):
-        name = next(name for name, x in inputs.items() if _needs_grad(x))
-        raise ValueError(
-            f"{name}: expected a tensor that requires no gradient (or torch.no_grad()), got one that does"
+    if _needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state):
+        _refuse_gradient(
+            q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state
         )
     kda_prefill(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state, scale, lower_bound,
@@ -166,10 +165,14 @@ def chunk_kda(
             it, what was expected and what came.
         NotImplementedError: cp_context or use_graph.
     """
-    _check_options(
-        return_intermediate_states, cp_context, use_graph, chunk_size, safe_gate, use_gate_in_kernel, lower_bound,
-        allow_neg_eigval, use_beta_sigmoid_in_kernel, cu_seqlens, cu_seqlens_cpu,
-    )  # fmt: skip
+    if (
+        return_intermediate_states or cp_context is not None or use_graph or chunk_size != 64 or safe_gate
+        or allow_neg_eigval or cu_seqlens_cpu is not None
+    ):  # fmt: skip
+        _check_options(
+            return_intermediate_states, cp_context, use_graph, chunk_size, safe_gate, use_gate_in_kernel,
+            lower_bound, allow_neg_eigval, use_beta_sigmoid_in_kernel, cu_seqlens, cu_seqlens_cpu,
+        )  # fmt: skip
     if transpose_state_layout is not None:
         state_v_first = state_layout(state_v_first, transpose_state_layout)
     if not use_gate_in_kernel:
@@ -186,21 +189,33 @@ def chunk_kda(
         )  # fmt: skip
         return (o if out is None else out.copy_(o)), *states
 
-    q, k, v, g = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g))
+    # From here on every line counts: a call takes the host about as long as a short prompt takes a GPU.
+    # is_contiguous() takes half as long as stride().
+    if not q.is_contiguous() and q.stride(-1) != 1:
+        q = q.contiguous()
+    if not k.is_contiguous() and k.stride(-1) != 1:
+        k = k.contiguous()
+    if not v.is_contiguous() and v.stride(-1) != 1:
+        v = v.contiguous()
+    if not g.is_contiguous() and g.stride(-1) != 1:
+        g = g.contiguous()
     if A_log is not None:
-        A_log = A_log.float().contiguous()
+        A_log = dense_fp32(A_log)
     if dt_bias is not None:
-        dt_bias = dt_bias.float().contiguous()
+        dt_bias = dense_fp32(dt_bias)
     if initial_state is not None:
-        initial_state = initial_state.float().contiguous()
+        initial_state = dense_fp32(initial_state)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     if out is None:
-        out = v.new_empty(v.shape)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = None
     if output_final_state:
-        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        final_state = v.new_empty((N, v.shape[2], HEAD_DIM, HEAD_DIM), dtype=torch.float32)
+        if initial_state is not None:
+            final_state = torch.empty_like(initial_state)
+        else:
+            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            final_state = v.new_empty(N, v.shape[2], HEAD_DIM, HEAD_DIM, dtype=torch.float32)
     states = None
     if return_intermediate_states:
         bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
@@ -255,16 +270,18 @@ def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | N
     """
     if not isinstance(q, torch.Tensor) or not (q.is_cpu if device_type == "cpu" else q.is_cuda):
         return f"q is not a tensor on a {device_type.upper()} device"
-    if device_type == "cpu" and not all(isinstance(x, torch.Tensor) and x.is_cpu for x in (k, v, g, beta)):
-        return "k, v, g and beta are not all tensors on the CPU"
+    if device_type == "cpu":
+        for x in (k, v, g, beta):
+            if not isinstance(x, torch.Tensor) or not x.is_cpu:
+                return "k, v, g and beta are not all tensors on the CPU"
     if q.dim() != 4 or v.dim() != 4 or g.dim() != 4 or q.shape[3] != HEAD_DIM or v.shape[3] != HEAD_DIM:
         return f"K and V are not both {HEAD_DIM}"
     dtypes = QKV_DTYPES[device_type]
     if q.dtype not in dtypes or k.dtype not in dtypes or v.dtype not in dtypes:
         return "q, k and v are not all bfloat16" + (" or float32" if torch.float32 in dtypes else "")
-    if not (_is_bf16_or_fp32(g) and _is_bf16_or_fp32(beta)):
+    if g.dtype not in BF16_OR_FP32 or beta.dtype not in BF16_OR_FP32:
         return "g or beta is neither bfloat16 nor float32"
-    if initial_state is not None and not _is_bf16_or_fp32(initial_state):
+    if initial_state is not None and initial_state.dtype not in BF16_OR_FP32:
         return "initial_state is neither bfloat16 nor float32"
     if _needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state):
         return "a gradient is required"
@@ -273,18 +290,28 @@ def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | N
     return None
 
 
-def _is_bf16_or_fp32(x: torch.Tensor) -> bool:
-    return x.dtype == torch.bfloat16 or x.dtype == torch.float32
-
-
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a derivative is asked for, backward or forward (`torch.func.jvp`, dual numbers): the operator has
     neither, and would silently give none, or a zero."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
     if forward_ad._current_level < 0:
         return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _refuse_gradient(**inputs: torch.Tensor | None) -> None:
+    name = next(name for name, x in inputs.items() if _needs_grad(x))
+    raise ValueError(
+        f"{name}: expected a tensor that requires no gradient (or torch.no_grad()), got one that does"
+    )
+
+
+def dense_fp32(x: torch.Tensor) -> torch.Tensor:
+    """x as contiguous float32. (To ask first is faster than two calls to torch that find nothing to do.)"""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _sm_major(device: torch.device) -> int:

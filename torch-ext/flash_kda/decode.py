@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import reference_decode
-from .api import HEAD_DIM, check_out, reference_reason, state_layout
+from .api import HEAD_DIM, check_out, dense_fp32, reference_reason, state_layout
 from .ops import kda_decode
 
 
@@ -102,32 +102,32 @@ def fused_recurrent_kda(
             num_accepted_tokens, out=out,
         )  # fmt: skip
 
-    if q.stride(-1) != 1:
+    if not q.is_contiguous() and q.stride(-1) != 1:
         q = q.contiguous()
-    if k.stride(-1) != 1:
+    if not k.is_contiguous() and k.stride(-1) != 1:
         k = k.contiguous()
-    if v.stride(-1) != 1:
+    if not v.is_contiguous() and v.stride(-1) != 1:
         v = v.contiguous()
-    if g.stride(-1) != 1:
+    if not g.is_contiguous() and g.stride(-1) != 1:
         g = g.contiguous()
     if A_log is not None:
-        A_log = _fp32(A_log)
+        A_log = dense_fp32(A_log)
     if dt_bias is not None:
-        dt_bias = _fp32(dt_bias)
+        dt_bias = dense_fp32(dt_bias)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     if out is None:
         out = torch.empty_like(v)
     final_state = None
     if not inplace_final_state:
-        state_dtype = torch.float32
-        if ssm_state_indices is not None:
-            state_dtype = None if initial_state is None else initial_state.dtype
-        elif initial_state is not None:
-            initial_state = _fp32(initial_state)
-        if output_final_state:
+        if ssm_state_indices is None and initial_state is not None:
+            initial_state = dense_fp32(initial_state)
+            if output_final_state:
+                final_state = torch.empty_like(initial_state)
+        elif output_final_state:
             N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            final_state = v.new_empty((N, v.shape[2], HEAD_DIM, HEAD_DIM), dtype=state_dtype)
+            state_dtype = torch.float32 if initial_state is None else initial_state.dtype
+            final_state = v.new_empty(N, v.shape[2], HEAD_DIM, HEAD_DIM, dtype=state_dtype)
     kda_decode(
         q, k, v, g, beta, A_log, dt_bias, initial_state, ssm_state_indices, num_accepted_tokens, cu_seqlens,
         out, final_state, HEAD_DIM**-0.5 if scale is None else scale, lower_bound, use_gate_in_kernel,
@@ -135,11 +135,6 @@ def fused_recurrent_kda(
         inplace_final_state,
     )  # fmt: skip
     return out, initial_state if inplace_final_state else final_state
-
-
-def _fp32(x: torch.Tensor) -> torch.Tensor:
-    """x as contiguous float32, and soon: two calls to torch that find nothing to do take longer than this."""
-    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _by_reference(*arguments, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .api import HEAD_DIM, check_out, reference_reason
+from .api import HEAD_DIM, check_out, dense_fp32, reference_reason
 from .decode import fused_recurrent_kda
 from .ops import kda_fused_decode
 from .reference_decode import PADDING, _start
@@ -83,24 +83,14 @@ def fused_kda_decode(
     """
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
-    _check_no_gradient(
-        q=q, k=k, v=v, g=g, beta=beta, gate=gate, conv_state=conv_state, recurrent_state=recurrent_state,
-        conv_weight=conv_weight, norm_weight=norm_weight, conv_bias=conv_bias, A_log=A_log, dt_bias=dt_bias,
-    )  # fmt: skip
+    if torch.is_grad_enabled():
+        _check_no_gradient(
+            q=q, k=k, v=v, g=g, beta=beta, gate=gate, conv_state=conv_state, recurrent_state=recurrent_state,
+            conv_weight=conv_weight, norm_weight=norm_weight, conv_bias=conv_bias, A_log=A_log,
+            dt_bias=dt_bias,
+        )  # fmt: skip
     if not use_gate_in_kernel:
         A_log = dt_bias = None
-    options = dict(
-        scale=scale,
-        lower_bound=lower_bound,
-        use_gate_in_kernel=use_gate_in_kernel,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-        ssm_state_indices=ssm_state_indices,
-        num_accepted_tokens=num_accepted_tokens,
-    )
     kernel_serves = (
         kda_fused_decode is not None
         and reference_reason(q, k, v, g, beta, A_log, dt_bias, recurrent_state) is None
@@ -109,18 +99,31 @@ def fused_kda_decode(
     if not kernel_serves:
         y = _composed(
             q, k, v, g, beta, gate, conv_state, recurrent_state, conv_weight, conv_bias, norm_weight, norm_eps,
-            A_log=A_log, dt_bias=dt_bias, **options,
+            A_log=A_log, dt_bias=dt_bias, scale=scale, lower_bound=lower_bound,
+            use_gate_in_kernel=use_gate_in_kernel, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+            state_v_first=state_v_first, cu_seqlens=cu_seqlens, ssm_state_indices=ssm_state_indices,
+            num_accepted_tokens=num_accepted_tokens,
         )  # fmt: skip
         if out is None:
             return y
         check_out(out, v)
         return out.copy_(y)
 
-    q, k, v, g, gate = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g, gate))
-    if A_log is not None and A_log.dtype != torch.float32:
-        A_log = A_log.float()
-    if dt_bias is not None and dt_bias.dtype != torch.float32:
-        dt_bias = dt_bias.float()
+    if not q.is_contiguous() and q.stride(-1) != 1:
+        q = q.contiguous()
+    if not k.is_contiguous() and k.stride(-1) != 1:
+        k = k.contiguous()
+    if not v.is_contiguous() and v.stride(-1) != 1:
+        v = v.contiguous()
+    if not g.is_contiguous() and g.stride(-1) != 1:
+        g = g.contiguous()
+    if not gate.is_contiguous() and gate.stride(-1) != 1:
+        gate = gate.contiguous()
+    if A_log is not None:
+        A_log = dense_fp32(A_log)
+    if dt_bias is not None:
+        dt_bias = dense_fp32(dt_bias)
     if out is None:
         out = torch.empty_like(v)
     kda_fused_decode(
@@ -133,8 +136,6 @@ def fused_kda_decode(
 
 
 def _check_no_gradient(**tensors: torch.Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
     for name, x in tensors.items():
         if x is not None and x.requires_grad:
             raise ValueError(
