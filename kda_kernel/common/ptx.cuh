@@ -152,6 +152,16 @@ __device__ __forceinline__ void cp_async_16(uint32_t address, const void* source
                : "memory");
 }
 
+// kBytes (4, 8 or 16) from global to shared memory.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem_address(target)), "l"(source), "n"(kBytes)
+               : "memory");
+}
+
+// All cp.async of this thread have landed, for this thread to see.
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

@@ -22,7 +22,11 @@ cudaError_t launch(const Params& p, cudaStream_t stream) {
   const int warps = kFused ? kWarpsPerHead : warps_per_block(p.num_sequences * p.num_heads);
   const int64_t rows = p.num_sequences < kMaxGridRows ? p.num_sequences : kMaxGridRows;
   const dim3 grid(p.num_heads * (kWarpsPerHead / warps), rows, (p.num_sequences + rows - 1) / rows);
-  kda_decode_kernel<Elem, kVFirst, kFused><<<grid, 32 * warps, 0, stream>>>(p);
+  if (is_plain(p)) {
+    kda_decode_kernel<Elem, kVFirst, kFused, true><<<grid, 32 * warps, 0, stream>>>(p);
+  } else {
+    kda_decode_kernel<Elem, kVFirst, kFused, false><<<grid, 32 * warps, 0, stream>>>(p);
+  }
   return cudaGetLastError();
 }
 

@@ -3,15 +3,24 @@
 #pragma once
 
 #include "decode/slots.cuh"
+#include "decode/tile.cuh"
 #include "decode/tokens.cuh"
 
 namespace kda::decode {
 
 constexpr int kConvStreams = 3;  // q, k, v
+constexpr int kFusedThreads = 32 * kHeadDim / kWarpValues;
 
 struct SharedNorm {
   SharedVector scale[kGroup];   // weight * sigmoid(gate)
-  SharedVector output[kGroup];  // of the recurrence
+  SharedVector output[kGroup];  // of the recurrence; before it, the weight
+};
+
+// Of each channel of a head, as they lie in memory.
+struct SharedConv {
+  uint2 weight[kConvStreams * kHeadDim];
+  uint2 window[kConvStreams * kHeadDim];
+  SharedVector input[kConvStreams];  // of the first token, bf16
 };
 
 __device__ __forceinline__ void store_float(void* data, FloatKind dtype, int64_t offset, float x) {
@@ -22,126 +31,179 @@ __device__ __forceinline__ void store_float(void* data, FloatKind dtype, int64_t
   }
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-kLog2E * x)); }
+// Four neighbouring bf16 in eight aligned bytes.
+__device__ __forceinline__ void unpack_taps(float (&x)[kConvTaps], uint2 taps) {
+  const float2 old = unpack_bf16(taps.x), recent = unpack_bf16(taps.y);
+  x[0] = old.x, x[1] = old.y, x[2] = recent.x, x[3] = recent.y;
+}
 
-// A channel of the convolution; window[kConvTaps - 1] is its newest input.
+__host__ __device__ __forceinline__ bool packed_taps(const Weights& x) {
+  return x.dtype == FloatKind::kBFloat16 && reinterpret_cast<uintptr_t>(x.data) % sizeof(uint2) == 0;
+}
+
+// Channel `c` of a head's 3 * 128. What lies packed is staged in shared memory, ahead of the state.
+template <bool kPlain>
 struct ConvChannel {
-  float weight[kConvTaps];
-  float bias;
-  float window[kConvTaps];
+  const FusedDecodeParams& p;
+  const int c, stream, d;
+  const int64_t channel;  // of [3, HV, 128]
+  const int head;
 
-  __device__ __forceinline__ void load_weight(const FusedDecodeParams& p, int64_t channel) {
-#pragma unroll
-    for (int j = 0; j < kConvTaps; ++j) {
-      weight[j] = load_float(p.conv_weight.data, p.conv_weight.dtype, channel * kConvTaps + j);
-    }
-    bias = p.conv_bias.data ? load_float(p.conv_bias.data, p.conv_bias.dtype, channel) : 0.0f;
+  __device__ __forceinline__ ConvChannel(const FusedDecodeParams& p, int head, int c)
+      : p(p),
+        c(c),
+        stream(c / kHeadDim),
+        d(c % kHeadDim),
+        channel((static_cast<int64_t>(stream) * p.num_heads + head) * kHeadDim + d),
+        head(head) {}
+
+  __device__ __forceinline__ const __nv_bfloat16* input_address(Tokens tokens, int32_t token) const {
+    asm volatile("" : "+r"(tokens.batch), "+r"(tokens.begin));  // opaque, as in the kernel's load_token()
+    const TokenTensor& x = stream == 0 ? p.q : stream == 1 ? p.k : p.v;
+    return static_cast<const __nv_bfloat16*>(x.data) + row_offset(x, tokens, token, head) + d;
+  }
+  __device__ __forceinline__ float input(const Tokens& tokens, int32_t token) const {
+    return __bfloat162float(*input_address(tokens, token));
   }
 
-  // The inputs before the first token; the oldest of four is only there to be forgotten.
-  __device__ __forceinline__ void load_window(const ConvState& state, int64_t offset) {
-    if (state.packed) {
-      const uint2 taps = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(state.data) + offset);
-      const float2 old = unpack_bf16(taps.x), recent = unpack_bf16(taps.y);
-      window[1] = old.y, window[2] = recent.x, window[3] = recent.y;
-      return;
+  __device__ __forceinline__ int64_t state_offset(int64_t slot) const {
+    return slot * p.conv_state.slot_stride + channel * p.conv_state.channel_stride;
+  }
+
+  // For the first group: of the inputs every fourth lane brings four, where they are aligned.
+  __device__ __forceinline__ void stage(SharedConv& shared, const Tokens& tokens, int64_t start) const {
+    const __nv_bfloat16* const source = input_address(tokens, 0);
+    const bool aligned = kPlain || reinterpret_cast<uintptr_t>(source - d % 4) % sizeof(uint2) == 0;
+    if (!aligned) {
+      shared.input[stream].packed_values[d] = *source;
+    } else if (d % 4 == 0) {
+      cp_async<8>(&shared.input[stream].packed_fours[d / 4], source);
     }
+    if (kPlain || packed_taps(p.conv_weight)) {
+      cp_async<8>(&shared.weight[c], static_cast<const __nv_bfloat16*>(p.conv_weight.data) + channel * kConvTaps);
+    }
+    if (kPlain || p.conv_state.packed) {
+      cp_async<8>(&shared.window[c], static_cast<const __nv_bfloat16*>(p.conv_state.data) + state_offset(start));
+    }
+  }
+
+  __device__ __forceinline__ void weights(float (&weight)[kConvTaps], const SharedConv& shared) const {
+    if (kPlain || packed_taps(p.conv_weight)) {
+      unpack_taps(weight, shared.weight[c]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kConvTaps; ++j) {
+        weight[j] = load_float(p.conv_weight.data, p.conv_weight.dtype, channel * kConvTaps + j);
+      }
+    }
+  }
+
+  // The inputs before token `first`; the oldest of four is only there to be forgotten.
+  __device__ __forceinline__ void window_before(float (&window)[kConvTaps], const SharedConv& shared,
+                                                const Tokens& tokens, int64_t start, int32_t first) const {
+    const ConvState& state = p.conv_state;
+    if (first == 0 && (kPlain || state.packed)) return unpack_taps(window, shared.window[c]);
+    window[0] = 0.0f;
 #pragma unroll
     for (int j = 1; j < kConvTaps; ++j) {
-      window[j] = load_float(state.data, state.dtype, offset + (state.width - kConvTaps + j) * state.tap_stride);
+      const int64_t offset = state_offset(start) + (state.width - kConvTaps + j) * state.tap_stride;
+      window[j] = first == 0 ? load_float(state.data, state.dtype, offset) : input(tokens, first - kConvTaps + j);
     }
   }
 
-  __device__ __forceinline__ void store_window(const ConvState& state, int64_t offset) const {
-    if (state.packed) {
+  __device__ __forceinline__ void keep_window(const float (&window)[kConvTaps], int64_t slot) const {
+    const ConvState& state = p.conv_state;
+    if (kPlain || state.packed) {
       const uint2 taps = make_uint2(pack_bf16(window[0], window[1]), pack_bf16(window[2], window[3]));
-      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(state.data) + offset) = taps;
-      return;
+      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(state.data) + state_offset(slot)) = taps;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kConvTaps; ++j) {
+        const int32_t tap = state.width - kConvTaps + j;
+        if (tap >= 0) store_float(state.data, state.dtype, state_offset(slot) + tap * state.tap_stride, window[j]);
+      }
     }
-#pragma unroll
-    for (int j = 0; j < kConvTaps; ++j) {
-      const int32_t tap = state.width - kConvTaps + j;
-      if (tap >= 0) store_float(state.data, state.dtype, offset + tap * state.tap_stride, window[j]);
-    }
-  }
-
-  __device__ __forceinline__ void push(float x) {
-#pragma unroll
-    for (int j = 0; j + 1 < kConvTaps; ++j) window[j] = window[j + 1];
-    window[kConvTaps - 1] = x;
-  }
-
-  // silu(weight . window + bias)
-  __device__ __forceinline__ float output() const {
-    float y = bias;
-#pragma unroll
-    for (int j = 0; j < kConvTaps; ++j) y = fmaf(weight[j], window[j], y);
-    return y * sigmoid(y);
   }
 };
 
-// The convolution of a group of tokens into `group`, and its state after each token that keeps one. Channels are dealt
-// out to the block's threads; called by all of them.
-template <class Tile>
-__device__ __forceinline__ void convolve_group(const FusedDecodeParams& p, SharedTokens& group, const Tokens& tokens,
-                                               int index, int64_t start, int head, int32_t first, int count) {
+// Calls f for the thread's channels: threadIdx.x, threadIdx.x + kFusedThreads, ... of a head's 3 * 128.
+template <bool kPlain, class F>
+__device__ __forceinline__ void for_channels(const FusedDecodeParams& p, int head, F f) {
 #pragma unroll 1
-  for (int c = threadIdx.x; c < kConvStreams * kHeadDim; c += blockDim.x) {
-    const int stream = c / kHeadDim, d = c % kHeadDim;
-    const TokenTensor& x = stream == 0 ? p.q : stream == 1 ? p.k : p.v;
-    SharedVector* const output = stream == 0 ? group.query : stream == 1 ? group.key : group.value;
-    const int place = stream < 2 ? place_of<Tile>(d) : d;
-    const int64_t channel = (static_cast<int64_t>(stream) * p.num_heads + head) * kHeadDim + d;
-    const auto input = [&](int32_t token) {
-      Tokens here = tokens;  // opaque, as in the kernel's prepare_group()
-      asm volatile("" : "+r"(here.batch), "+r"(here.begin));
-      return load_float(x.data, FloatKind::kBFloat16, row_offset(x, here, token, head) + d);
-    };
+  for (int c = threadIdx.x; c < kConvStreams * kHeadDim; c += kFusedThreads) f(ConvChannel<kPlain>(p, head, c));
+}
 
-    ConvChannel conv;
-    const int64_t state_offset = channel * p.conv_state.channel_stride;
-    if (first == 0) {
-      conv.load_window(p.conv_state, start * p.conv_state.slot_stride + state_offset);
-    } else {
+// silu(weight . window + bias)
+__device__ __forceinline__ float conv_output(const float (&weight)[kConvTaps], const float (&window)[kConvTaps],
+                                             float bias) {
+  float y = bias;
 #pragma unroll
-      for (int j = 1; j < kConvTaps; ++j) conv.window[j] = input(first - kConvTaps + j);
-    }
-    conv.load_weight(p, channel);
+  for (int j = 0; j < kConvTaps; ++j) y = fmaf(weight[j], window[j], y);
+  return y * sigmoid(y);
+}
+
+// A channel of a group of tokens into `group`, and its state after each token that keeps one.
+template <class Tile, bool kPlain>
+__device__ __forceinline__ void convolve_channel(const ConvChannel<kPlain>& conv, const SharedConv& shared,
+                                                 SharedTokens& group, const Tokens& tokens, int index, int64_t start,
+                                                 int32_t first, int count) {
+  const FusedDecodeParams& p = conv.p;
+  SharedVector* const output = conv.stream == 0 ? group.query : conv.stream == 1 ? group.key : group.value;
+  const int place = conv.stream < 2 ? place_of<Tile>(conv.d) : conv.d;
+  float next = first == 0 ? __bfloat162float(shared.input[conv.stream].packed_values[conv.d])
+                          : conv.input(tokens, first);
+  float weight[kConvTaps], window[kConvTaps];
+  conv.weights(weight, shared);
+  conv.window_before(window, shared, tokens, start, first);
+  const float bias = !kPlain && p.conv_bias.data ? load_float(p.conv_bias.data, p.conv_bias.dtype, conv.channel) : 0.0f;
 
 #pragma unroll 1
-    for (int t = 0; t < count; ++t) {
-      conv.push(input(first + t));
-      output[t].values[place] = conv.output();
-      const int64_t slot = slot_after(p, index, start, first + t, first + t + 1 == tokens.length);
-      if (slot >= 0) conv.store_window(p.conv_state, slot * p.conv_state.slot_stride + state_offset);
-    }
+  for (int t = 0; t < count; ++t) {
+#pragma unroll
+    for (int j = 0; j + 1 < kConvTaps; ++j) window[j] = window[j + 1];
+    window[kConvTaps - 1] = next;
+    if (t + 1 < count) next = conv.input(tokens, first + t + 1);
+    output[t].values[place] = conv_output(weight, window, bias);
+    const int64_t slot = slot_after<kPlain>(p, index, start, first + t, first + t + 1 == tokens.length);
+    if (slot >= 0) conv.keep_window(window, slot);
   }
 }
 
-// Token `t` of the group, by a warp.
-__device__ __forceinline__ void prepare_norm(const FusedDecodeParams& p, SharedNorm& norm, int t,
-                                             const Tokens& tokens, int32_t token, int head, int lane) {
-  Share gate;
-  load_share(gate, p.norm_gate, FloatKind::kBFloat16, tokens, token, head, lane);
+// The gated norm of token `t` of the group, by a warp.
+template <bool kAligned>
+__device__ __forceinline__ void stage_norm(const FusedDecodeParams& p, SharedNorm& norm, int t, const Tokens& tokens,
+                                           int32_t token, int head, int lane) {
+  stage_share(norm.scale[t], p.norm_gate.data, FloatKind::kBFloat16, row_offset(p.norm_gate, tokens, token, head), lane,
+              kAligned);
+  stage_share(norm.output[t], p.norm_weight.data, p.norm_weight.dtype, 0, lane, kAligned);
+}
+
+__device__ __forceinline__ void prepare_norm(const FusedDecodeParams& p, SharedNorm& norm, int t, int lane) {
+  Share gate, weight, scale;
+  read_staged(gate, norm.scale[t], FloatKind::kBFloat16, lane);
+  read_staged(weight, norm.output[t], p.norm_weight.dtype, lane);
+  __syncwarp();  // all have read what is overwritten now
 #pragma unroll
-  for (int m = 0; m < kShare; ++m) {
-    const float weight = load_float(p.norm_weight.data, p.norm_weight.dtype, lane + 32 * m);
-    norm.scale[t].values[lane + 32 * m] = weight * sigmoid(gate[m]);
-  }
+  for (int m = 0; m < kShare; ++m) scale[m] = weight[m] * sigmoid(gate[m]);
+  store_share(norm.scale[t], scale, lane);
 }
 
 // out = o * rsqrt(mean(o^2) + epsilon) * weight * sigmoid(gate) of token `t` of the group, by a warp.
+template <bool kPlain>
 __device__ __forceinline__ void write_norm(const FusedDecodeParams& p, const SharedNorm& norm, int t,
                                            const Tokens& tokens, int32_t token, int head, int lane) {
-  Share o;
-#pragma unroll
-  for (int m = 0; m < kShare; ++m) o[m] = norm.output[t].values[lane + 32 * m];
+  Share o, scale;
+  read_share(o, norm.output[t], lane);
+  read_share(scale, norm.scale[t], lane);
   const float factor = rsqrtf(dot(o, o) * (1.0f / kHeadDim) + p.norm_epsilon);
-  const int64_t offset = row_offset(p.out, tokens, token, head) + lane;
+  auto* const out = static_cast<__nv_bfloat16*>(const_cast<void*>(p.out.data)) + row_offset(p.out, tokens, token, head);
 #pragma unroll
-  for (int m = 0; m < kShare; ++m) {
-    const float y = o[m] * factor * norm.scale[t].values[lane + 32 * m];
-    store_float(const_cast<void*>(p.out.data), FloatKind::kBFloat16, offset + 32 * m, y);
+  for (int m = 0; m < kShare; ++m) o[m] *= factor * scale[m];
+  if (kPlain || p.out_aligned) {
+    reinterpret_cast<uint2*>(out)[lane] = make_uint2(pack_bf16(o[0], o[1]), pack_bf16(o[2], o[3]));
+  } else {
+#pragma unroll
+    for (int m = 0; m < kShare; ++m) out[kShare * lane + m] = __float2bfloat16_rn(o[m]);
   }
 }
 

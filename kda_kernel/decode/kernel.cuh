@@ -21,14 +21,36 @@ constexpr int kMaxThreads = 32 * kWarpsPerHead;
 // keep 3 TB/s busy through 800 ns of latency; the rest covers the time that blocks spend starting, computing, storing.
 constexpr int kHeadsPerSm = 2;
 
-template <class Elem, bool kVFirst, bool kFused>
+template <bool kFused>
+using ParamsFor = std::conditional_t<kFused, FusedDecodeParams, DecodeParams>;
+
+inline bool is_aligned(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+inline bool rows_aligned(const TokenTensor& x) {
+  return is_aligned(x.data, 16) && (x.batch_stride | x.token_stride | x.head_stride) % 8 == 0;
+}
+
+// Plain calls, the usual ones, have a kernel of their own, in which nothing but the state is loaded into registers once
+// that is on its way: a warp that waits for any register may have to wait for the state as well.
+inline bool is_plain(const DecodeParams& p) {
+  return p.inputs_aligned && p.cu_seqlens.data == nullptr && p.slots_per_sequence == 0 && is_aligned(p.dt_bias, 16);
+}
+
+inline bool is_plain(const FusedDecodeParams& p) {
+  return is_plain(static_cast<const DecodeParams&>(p)) && p.out_aligned && p.conv_state.packed &&
+         packed_taps(p.conv_weight) && p.conv_bias.data == nullptr && rows_aligned(p.norm_gate) &&
+         is_aligned(p.norm_weight.data, 16);
+}
+
+template <class Elem, bool kVFirst, bool kFused, bool kPlain>
 struct DecodeBlock {
-  using Params = std::conditional_t<kFused, FusedDecodeParams, DecodeParams>;
+  using Params = ParamsFor<kFused>;
   using T = Tile<Elem, kVFirst>;
 
   struct Shared {
     SharedTokens group;
     std::conditional_t<kFused, SharedNorm, char> norm;
+    std::conditional_t<kFused, SharedConv, char> conv;
   };
 
   const Params& p;
@@ -79,27 +101,58 @@ struct DecodeBlock {
 
   // Keeps the state after a token, if that has a slot.
   __device__ __forceinline__ void keep(const typename T::Values& s, int64_t start, int32_t token, bool last) const {
-    const int64_t slot = slot_after(p, index, start, token, last);
+    const int64_t slot = slot_after<kPlain>(p, index, start, token, last);
     const StatePool& pool = p.inplace ? p.initial_state : p.final_state;
     if (slot >= 0 && pool.data != nullptr) T::store(lane_state(pool, slot), s);
   }
 
   __device__ __forceinline__ int group_size(int32_t first) const { return min(kGroup, tokens.length - first); }
 
+  // The first token of a group that this warp prepares. Of a fused step's warps the first half has more of the
+  // convolution.
+  __device__ __forceinline__ int warp_token() const { return kFused ? warp ^ (kWarpsPerHead / 2) : warp; }
+
+  // Opaque, so that nothing of a row's address is kept from token to token: the state has taken the registers.
+  __device__ __forceinline__ Tokens opaque_tokens() const {
+    Tokens here = tokens;
+    asm volatile("" : "+r"(here.batch), "+r"(here.begin));
+    return here;
+  }
+
+  __device__ __forceinline__ void stage(int t, int32_t first) const {
+    const Tokens here = opaque_tokens();
+    stage_token<kFused, kPlain>(p, shared.group, t, here, first + t, head, lane);
+    if constexpr (kFused) stage_norm<kPlain>(p, shared.norm, t, here, first + t, head, lane);
+  }
+
+  // What the preparation of a group starts with, on its way to shared memory. Not to registers: a warp that waits for
+  // a register in flight may have to wait for the state too.
+  __device__ __forceinline__ void stage_group(const StartSlot& start, int32_t first) const {
+    if (warp_token() < group_size(first)) stage(warp_token(), first);
+    if constexpr (kFused) {
+      if (first == 0 && tokens.length > 0 && start.kind == RowKind::kLive) {
+        for_channels<kPlain>(p, head, [&](const auto& channel) { channel.stage(shared.conv, tokens, start.slot); });
+      }
+    }
+  }
+
   // The group's tokens into shared memory.
   __device__ __forceinline__ void prepare_group(int64_t start, int32_t first) {
     const int count = group_size(first);
     if constexpr (kFused) {
-      convolve_group<T>(p, shared.group, tokens, index, start, head, first, count);
+      cp_async_wait_all();
+      __syncwarp();  // inputs come by other lanes' copies
+      for_channels<kPlain>(p, head, [&](const auto& channel) {
+        convolve_channel<T>(channel, shared.conv, shared.group, tokens, index, start, first, count);
+      });
       __syncthreads();
     }
 #pragma unroll 1
-    for (int t = warp; t < count; t += warps()) {
-      // Opaque, so that nothing of a row's address is kept from token to token: the state has taken the registers.
-      Tokens here = tokens;
-      asm volatile("" : "+r"(here.batch), "+r"(here.begin));
-      prepare_token<T, kFused>(p, shared.group, t, here, first + t, head, lane);
-      if constexpr (kFused) prepare_norm(p, shared.norm, t, here, first + t, head, lane);
+    for (int t = warp_token(); t < count;) {
+      prepare_token<T, kFused>(p, shared.group, t, opaque_tokens(), first + t, head, lane);
+      if constexpr (kFused) prepare_norm(p, shared.norm, t, lane);
+      t += warps();
+      if (t < count) stage(t, first);
     }
     __syncthreads();
   }
@@ -121,12 +174,14 @@ struct DecodeBlock {
     }
     if constexpr (kFused) {
       __syncthreads();
-      for (int t = warp; t < count; t += warps()) write_norm(p, shared.norm, t, tokens, first + t, head, lane);
+      for (int t = warp; t < count; t += warps()) write_norm<kPlain>(p, shared.norm, t, tokens, first + t, head, lane);
     }
   }
 
   __device__ __forceinline__ void run() {
+    tokens = find_tokens(p, index);
     const StartSlot start = start_slot(p, index);
+    stage_group(start, 0);
     typename T::Values s;
     if (start.kind == RowKind::kLive && p.initial_state.data != nullptr) {
       T::load(s, lane_state(p.initial_state, start.slot));
@@ -134,13 +189,12 @@ struct DecodeBlock {
       T::fill(s, 0.0f);
     }
 
-    tokens = find_tokens(p, index);
-    if (p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
+    if (!kPlain && p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
       poison();
       return;
     }
     const bool live = start.kind == RowKind::kLive &&
-                      (p.slots_per_sequence == 0 || token_slots_valid(p, index, tokens.length));
+                      (kPlain || p.slots_per_sequence == 0 || token_slots_valid(p, index, tokens.length));
     if (!live) {
       const float x = start.kind == RowKind::kPadding ? 0.0f : nan();
       fill_output(tokens, 0, 1, x);
@@ -154,7 +208,10 @@ struct DecodeBlock {
       return;
     }
     for (int32_t first = 0; first < tokens.length; first += kGroup) {
-      if (first > 0) __syncthreads();  // the group before has been read
+      if (first > 0) {
+        __syncthreads();  // the group before has been read
+        stage_group(start, first);
+      }
       prepare_group(start.slot, first);
       if (first == 0) T::unpack(s);
       run_group(s, start.slot, first);
@@ -162,10 +219,10 @@ struct DecodeBlock {
   }
 };
 
-template <class Elem, bool kVFirst, bool kFused>
+template <class Elem, bool kVFirst, bool kFused, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, kHeadsPerSm)
-    kda_decode_kernel(const __grid_constant__ typename DecodeBlock<Elem, kVFirst, kFused>::Params p) {
-  using Block = DecodeBlock<Elem, kVFirst, kFused>;
+    kda_decode_kernel(const __grid_constant__ ParamsFor<kFused> p) {
+  using Block = DecodeBlock<Elem, kVFirst, kFused, kPlain>;
   __shared__ typename Block::Shared shared;
   const int64_t index = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   if (index >= p.num_sequences) return;

@@ -67,10 +67,11 @@ __device__ __forceinline__ int64_t row_offset(const TokenTensor& x, const Tokens
 }
 
 // Which slot gets the state after a token, or a negative number if none does: without slots per token it is the
-// start slot, or slot `sequence` of final_state, and the token is the last.
+// start slot, or slot `sequence` of final_state, and the token is the last. kPlain: so it is.
+template <bool kPlain>
 __device__ __forceinline__ int64_t slot_after(const DecodeParams& p, int64_t sequence, int64_t start, int32_t token,
                                               bool last) {
-  if (p.slots_per_sequence > 0) return index_at(p.state_indices, sequence, token);
+  if (!kPlain && p.slots_per_sequence > 0) return index_at(p.state_indices, sequence, token);
   return last ? (p.inplace ? start : sequence) : kPaddingIndex;
 }
 

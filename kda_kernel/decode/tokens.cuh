@@ -2,7 +2,6 @@
 // after their normalisation (q with the scale), v, beta, and q . k.
 #pragma once
 
-#include "common/gate.cuh"
 #include "common/ptx.cuh"
 #include "decode/slots.cuh"
 #include "params.h"
@@ -13,7 +12,7 @@ namespace kda::decode {
 constexpr int kGroup = 8;
 
 constexpr int kFours = kHeadDim / 4;
-constexpr int kShare = kHeadDim / 32;  // a lane's channels of a token: lane, lane + 32, ...
+constexpr int kShare = kHeadDim / 32;  // a lane's channels of a token: kShare * lane and those behind it
 constexpr float kNormEpsilon = 1e-6f;
 
 using Share = float[kShare];
@@ -22,6 +21,8 @@ using Share = float[kShare];
 union SharedVector {
   float4 fours[kFours];
   float values[kHeadDim];
+  uint2 packed_fours[kFours];         // as loaded, where that is in bf16
+  __nv_bfloat16 packed_values[kHeadDim];
 };
 
 struct SharedTokens {
@@ -29,6 +30,9 @@ struct SharedTokens {
   SharedVector key[kGroup];
   SharedVector query[kGroup];
   SharedVector value[kGroup];
+  SharedVector dt_bias[kGroup];  // the head's, for each token's warp
+  uint32_t beta_word[kGroup];
+  uint32_t A_log_word[kGroup];
   float beta[kGroup];
   float query_key[kGroup];
 };
@@ -44,12 +48,75 @@ __device__ __forceinline__ float load_float(const void* data, FloatKind dtype, i
                                       : __bfloat162float(static_cast<const __nv_bfloat16*>(data)[offset]);
 }
 
-// Element by element, so that a row may start anywhere: a token is read by one warp alone.
-__device__ __forceinline__ void load_share(Share& share, const TokenTensor& x, FloatKind dtype,
-                                           const Tokens& tokens, int32_t token, int head, int lane) {
-  const int64_t offset = row_offset(x, tokens, token, head) + lane;
+__device__ __forceinline__ void store_share(SharedVector& target, const Share& x, int four) {
+  target.fours[four] = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+__device__ __forceinline__ void read_share(Share& x, const SharedVector& source, int four) {
+  const float4 y = source.fours[four];
+  x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+}
+
+// Brings a lane's share of a row to where the same lane finds it after cp_async_wait_all(): shared memory, since the
+// state on its way has taken the registers. A row may start anywhere, but only an aligned one is not waited for here;
+// `aligned`: known to be one.
+__device__ __forceinline__ void stage_share(SharedVector& target, const void* data, FloatKind dtype, int64_t offset,
+                                            int lane, bool aligned) {
+  if (dtype == FloatKind::kFloat32) {
+    const float* const source = static_cast<const float*>(data) + offset + kShare * lane;
+    const bool on_sixteen = reinterpret_cast<uintptr_t>(source) % sizeof(float4) == 0;
+    if (aligned || on_sixteen) return cp_async<16>(&target.fours[lane], source);
 #pragma unroll
-  for (int m = 0; m < kShare; ++m) share[m] = load_float(x.data, dtype, offset + 32 * m);
+    for (int m = 0; m < kShare; ++m) target.values[kShare * lane + m] = source[m];
+  } else {
+    const auto* const source = static_cast<const __nv_bfloat16*>(data) + offset + kShare * lane;
+    if (aligned || reinterpret_cast<uintptr_t>(source) % sizeof(uint2) == 0) {
+      return cp_async<8>(&target.packed_fours[lane], source);
+    }
+#pragma unroll
+    for (int m = 0; m < kShare; ++m) target.packed_values[kShare * lane + m] = source[m];
+  }
+}
+
+__device__ __forceinline__ void read_staged(Share& x, const SharedVector& source, FloatKind dtype, int lane) {
+  if (dtype == FloatKind::kFloat32) return read_share(x, source, lane);
+  const uint2 y = source.packed_fours[lane];
+  const float2 low = unpack_bf16(y.x), high = unpack_bf16(y.y);
+  x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+
+// Brings the word that holds a number; from_word() takes the number out. No allocation ends inside a word.
+__device__ __forceinline__ void stage_word(uint32_t& target, const void* data, FloatKind dtype, int64_t offset) {
+  const char* const source = static_cast<const char*>(data) + offset * (dtype == FloatKind::kFloat32 ? 4 : 2);
+  cp_async<4>(&target, source - reinterpret_cast<uintptr_t>(source) % 4);
+}
+
+__device__ __forceinline__ float from_word(uint32_t word, const void* data, FloatKind dtype, int64_t offset) {
+  if (dtype == FloatKind::kFloat32) return __uint_as_float(word);
+  const bool high = reinterpret_cast<uintptr_t>(static_cast<const __nv_bfloat16*>(data) + offset) % 4 != 0;
+  const float2 pair = unpack_bf16(word);
+  return high ? pair.y : pair.x;
+}
+
+// Token `t` of the group, by a warp. With kInShared q, k and v come from elsewhere.
+template <bool kInShared, bool kAligned>
+__device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens& group, int t,
+                                            const Tokens& tokens, int32_t token, int head, int lane) {
+  if constexpr (!kInShared) {
+    const int qk_head = head / p.heads_per_qk;
+    stage_share(group.query[t], p.q.data, FloatKind::kBFloat16, row_offset(p.q, tokens, token, qk_head), lane,
+                kAligned);
+    stage_share(group.key[t], p.k.data, FloatKind::kBFloat16, row_offset(p.k, tokens, token, qk_head), lane,
+                kAligned);
+    stage_share(group.value[t], p.v.data, FloatKind::kBFloat16, row_offset(p.v, tokens, token, head), lane,
+                kAligned);
+  }
+  stage_share(group.decay[t], p.g.data, p.g_dtype, row_offset(p.g, tokens, token, head), lane, kAligned);
+  if (p.dt_bias) stage_share(group.dt_bias[t], p.dt_bias, FloatKind::kFloat32, head * kHeadDim, lane, kAligned);
+  if (lane == 0) {
+    stage_word(group.beta_word[t], p.beta.data, p.beta_dtype, row_offset(p.beta, tokens, token, head));
+    if (p.A_log) stage_word(group.A_log_word[t], p.A_log, FloatKind::kFloat32, head);
+  }
 }
 
 __device__ __forceinline__ float dot(const Share& x, const Share& y) {
@@ -61,55 +128,64 @@ __device__ __forceinline__ float dot(const Share& x, const Share& y) {
   return sum;
 }
 
-template <GateKind kGate>
-__device__ __forceinline__ void activate_gate(Share& g, const DecodeParams& p, int head, int lane) {
-  const GateScale scale = make_gate_scale<kGate>(p.A_log ? p.A_log[head] : 0.0f, p.lower_bound);
-#pragma unroll
-  for (int m = 0; m < kShare; ++m) {
-    const float bias = p.dt_bias ? p.dt_bias[head * kHeadDim + lane + 32 * m] : 0.0f;
-    g[m] = exp2_approx(log2_decay<kGate>(g[m], bias * scale.input, scale));
-  }
+// Prefill's approximations (common/gate.cuh) will not do here: an error in the decay that leans to one side is one for
+// each step of a slow decay's memory, and 2^-26 of it would outweigh all rounding of a float32 state.
+__device__ __forceinline__ float sigmoid(float x) { return __frcp_rn(1.0f + expf(-x)); }
+
+// The identity above 20: exp(-20) is below half an ulp of 20.
+__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// exp(x) to half an ulp where a decay is slow.
+__device__ __forceinline__ float decay(float log_decay) {
+  return log_decay > -0.5f ? 1.0f + expm1f(log_decay) : expf(log_decay);
 }
 
 // From the gate's input to the decay.
-__device__ __forceinline__ void activate_gate(Share& g, const DecodeParams& p, int head, int lane) {
-  switch (p.gate) {
-    case GateKind::kLowerBound:
-      return activate_gate<GateKind::kLowerBound>(g, p, head, lane);
-    case GateKind::kSoftplus:
-      return activate_gate<GateKind::kSoftplus>(g, p, head, lane);
-    case GateKind::kPreActivated:
-      return activate_gate<GateKind::kPreActivated>(g, p, head, lane);
+__device__ __forceinline__ void activate_gate(Share& g, const Share& dt_bias, float A_log, GateKind kind,
+                                              float lower_bound) {
+  const float rate = kind == GateKind::kPreActivated ? 1.0f : expf(A_log);
+#pragma unroll
+  for (int m = 0; m < kShare; ++m) {
+    float log_decay = g[m];
+    if (kind == GateKind::kLowerBound) {
+      log_decay = lower_bound * sigmoid(rate * (g[m] + dt_bias[m]));
+    } else if (kind == GateKind::kSoftplus) {
+      log_decay = -rate * softplus(g[m] + dt_bias[m]);
+    }
+    g[m] = decay(log_decay);
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ void store_share(SharedVector& target, const Share& share, int lane) {
-#pragma unroll
-  for (int m = 0; m < kShare; ++m) target.values[place_of<Tile>(lane + 32 * m)] = share[m];
+__device__ __forceinline__ float activate_beta(float beta, bool apply_sigmoid, bool neg_eigval) {
+  if (!apply_sigmoid) return beta;
+  return neg_eigval ? 2.0f * sigmoid(beta) : sigmoid(beta);
 }
 
-// Token `t` of the group, by a warp. With kInShared q, k and v stand in `group` already, v for good.
+// Token `t` of the group, by the warp that staged it. With kInShared q, k and v stand in `group` already, v for good.
 template <class Tile, bool kInShared>
 __device__ __forceinline__ void prepare_token(const DecodeParams& p, SharedTokens& group, int t,
                                               const Tokens& tokens, int32_t token, int head, int lane) {
-  Share q, k, g;
-  load_share(g, p.g, p.g_dtype, tokens, token, head, lane);
-  const float beta = load_float(p.beta.data, p.beta_dtype, row_offset(p.beta, tokens, token, head));
+  const int four = Tile::place_of_four(lane);
+  Share q, k, g, dt_bias = {};
+  cp_async_wait_all();
+  __syncwarp();
+  read_staged(g, group.decay[t], p.g_dtype, lane);
+  if (p.dt_bias) read_staged(dt_bias, group.dt_bias[t], FloatKind::kFloat32, lane);
+  const float A_log = p.A_log ? __uint_as_float(group.A_log_word[t]) : 0.0f;
+  activate_gate(g, dt_bias, A_log, p.gate, p.lower_bound);
   if constexpr (kInShared) {
-#pragma unroll
-    for (int m = 0; m < kShare; ++m) {
-      q[m] = group.query[t].values[place_of<Tile>(lane + 32 * m)];
-      k[m] = group.key[t].values[place_of<Tile>(lane + 32 * m)];
-    }
+    read_share(q, group.query[t], four);
+    read_share(k, group.key[t], four);
+    __syncwarp();  // all have read what is overwritten now
   } else {
     Share v;
-    load_share(q, p.q, FloatKind::kBFloat16, tokens, token, head / p.heads_per_qk, lane);
-    load_share(k, p.k, FloatKind::kBFloat16, tokens, token, head / p.heads_per_qk, lane);
-    load_share(v, p.v, FloatKind::kBFloat16, tokens, token, head, lane);
-#pragma unroll
-    for (int m = 0; m < kShare; ++m) group.value[t].values[lane + 32 * m] = v[m];
+    read_staged(q, group.query[t], FloatKind::kBFloat16, lane);
+    read_staged(k, group.key[t], FloatKind::kBFloat16, lane);
+    read_staged(v, group.value[t], FloatKind::kBFloat16, lane);
+    __syncwarp();
+    store_share(group.value[t], v, lane);
   }
+  store_share(group.decay[t], g, four);
 
   float query_factor = p.scale, key_factor = 1.0f;
   if (p.l2norm_qk) {
@@ -122,11 +198,11 @@ __device__ __forceinline__ void prepare_token(const DecodeParams& p, SharedToken
     k[m] *= key_factor;
   }
   const float query_key = dot(q, k);
-  store_share<Tile>(group.query[t], q, lane);
-  store_share<Tile>(group.key[t], k, lane);
-  activate_gate(g, p, head, lane);
-  store_share<Tile>(group.decay[t], g, lane);
+  store_share(group.query[t], q, four);
+  store_share(group.key[t], k, four);
   if (lane == 0) {
+    const int64_t offset = row_offset(p.beta, tokens, token, head);
+    const float beta = from_word(group.beta_word[t], p.beta.data, p.beta_dtype, offset);
     group.beta[t] = activate_beta(beta, p.sigmoid_beta, p.neg_eigval);
     group.query_key[t] = query_key;
   }
