@@ -20,12 +20,20 @@ constexpr int kWarpValues = 16;
 constexpr int kWarpsPerHead = kHeadDim / kWarpValues;
 
 // Neither is worth a place in L1: every byte is read once and written once. volatile: the loads stay where they are
-// written, ahead of all that waits for other loads.
+// written, ahead of all that waits for other loads. kWholeLine: a neighbouring warp is about to ask for the rest of the
+// 128 bytes.
+template <bool kWholeLine>
 __device__ __forceinline__ uint4 load_once(const void* source) {
   uint4 x;
-  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(source));
+  if constexpr (kWholeLine) {
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(source));
+  } else {
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(source));
+  }
   return x;
 }
 
@@ -99,7 +107,7 @@ struct Tile {
   static __device__ __forceinline__ void load(Values& s, const Elem* state) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      const uint4 x = load_once(state + piece_offset(piece));
+      const uint4 x = load_once<!kVFirst>(state + piece_offset(piece));
       const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
