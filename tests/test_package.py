@@ -24,8 +24,8 @@ EXPORTS = ["chunk_kda", "fused_kda_decode", "fused_recurrent_kda", "fwd", "layer
 SCHEMA = (
     "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
     "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
-    "float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, "
-    "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
+    "float? lower_bound, bool use_gate_in_kernel=True, bool use_qk_l2norm_in_kernel=True, "
+    "bool use_beta_sigmoid_in_kernel=True, bool allow_neg_eigval=False, bool state_v_first=True, "
     "bool portable=False, Tensor(c!)? intermediate_states=None) -> ()"
 )
 

@@ -74,10 +74,10 @@ def fwd(
         _refuse_gradient(
             q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state
         )
+    # the operator's defaults are this call's flags: each argument given costs the dispatcher time
     kda_prefill(
-        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state, scale, lower_bound,
-        True, True, True, False, True,
-    )  # fmt: skip
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state, scale, lower_bound
+    )
 
 
 def chunk_kda(
