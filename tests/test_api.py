@@ -240,7 +240,9 @@ def fake_gpu(api, monkeypatch):
     compiled = api.kda_prefill
 
     def record(*args):
-        calls.append(dict(zip((argument.name for argument in compiled._schema.arguments), args)))
+        arguments = compiled._schema.arguments
+        defaults = {x.name: x.default_value for x in arguments[len(args) :]}
+        calls.append({**dict(zip((x.name for x in arguments), args)), **defaults})
         return compiled(*args)
 
     monkeypatch.setattr(api, "kda_prefill", record)

@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
       "float? lower_bound, bool use_gate_in_kernel=True, bool use_qk_l2norm_in_kernel=True, "
-      "bool use_beta_sigmoid_in_kernel=True, "
-      "bool allow_neg_eigval=False, bool state_v_first=True, bool portable=False, Tensor(c!)? intermediate_states=None) -> ()");
+      "bool use_beta_sigmoid_in_kernel=True, bool allow_neg_eigval=False, bool state_v_first=True, "
+      "bool portable=False, Tensor(c!)? intermediate_states=None) -> ()");
   // state_indices [N] or [N, T_max], num_accepted_tokens [N] int32 or int64; with state_indices, initial_state is
   // [slots, HV, ...], contiguous but for the first dimension. docs/decode.md says which slots are read and written.
   ops.def(
