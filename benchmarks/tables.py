@@ -50,8 +50,6 @@ def measured_on(section: dict) -> str:
     versions = [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]
     commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", environment["commit"])
     text = f"{environment['device']}; {', '.join(versions)}; commit `{commit}`."
-    if "recovered_from" in section:
-        text += f" The run's output is [{section['recovered_from']}](benchmarks/results/{section['recovered_from']})."
     return text
 
 

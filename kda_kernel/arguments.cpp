@@ -9,6 +9,8 @@ constexpr double kMinLowerBound = -5.0;
 
 Sizes check_token_tensors(const AttentionArguments& x) {
   const Tensor &q = x.q, &k = x.k, &v = x.v, &g = x.g, &beta = x.beta, &out = x.out;
+  check_defined(q, "q");
+  check_defined(v, "v");
   STD_TORCH_CHECK(q.dim() == 4, "q: expected shape [B, T, H, 128], got ", bracketed(q.sizes()));
   STD_TORCH_CHECK(v.dim() == 4, "v: expected shape [B, T, HV, 128], got ", bracketed(v.sizes()));
   const int32_t device = q.get_device_index();

@@ -41,7 +41,12 @@ inline void check_dtype(const Tensor& x, const char* name, std::initializer_list
   STD_TORCH_CHECK(false, name, ": expected dtype ", expected, ", got ", dtype_name(got));
 }
 
+inline void check_defined(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.defined(), name, ": expected a tensor, got None");
+}
+
 inline void check_shape(const Tensor& x, const char* name, const char* meaning, std::initializer_list<int64_t> expected) {
+  check_defined(x, name);
   const auto sizes = x.sizes();
   const bool same = sizes.size() == expected.size() && std::equal(expected.begin(), expected.end(), sizes.begin());
   STD_TORCH_CHECK(same, name, ": expected shape ", meaning, " = ", bracketed(expected), ", got ", bracketed(sizes));
@@ -49,6 +54,7 @@ inline void check_shape(const Tensor& x, const char* name, const char* meaning, 
 
 // `device` is the index of the argument called `as`.
 inline void check_device(const Tensor& x, const char* name, int32_t device, const char* as = "q") {
+  check_defined(x, name);
   if constexpr (kServesCpu) {
     STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor, got one on another device type");
     return;

@@ -21,6 +21,8 @@ using torch::headeronly::ScalarType;
 class Tensor {
  public:
   explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined_));
+    if (!defined_) return;  // None in the place of a tensor
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_));
@@ -30,6 +32,7 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
   }
 
+  bool defined() const { return defined_; }
   void* data_ptr() const { return data_; }
   int64_t dim() const { return dim_; }
   IntHeaderOnlyArrayRef sizes() const { return IntHeaderOnlyArrayRef(sizes_, dim_); }
@@ -70,11 +73,12 @@ class Tensor {
   };
 
   std::unique_ptr<AtenTensorOpaque, Release> handle_;
-  void* data_;
-  int64_t dim_;
-  int64_t* sizes_;  // of dim_ elements, torch's, as long as the handle is held
-  int64_t* strides_;
-  int32_t dtype_, device_type_, device_index_;
+  bool defined_ = false;
+  void* data_ = nullptr;
+  int64_t dim_ = 0;
+  int64_t* sizes_ = nullptr;  // of dim_ elements, torch's, as long as the handle is held
+  int64_t* strides_ = nullptr;
+  int32_t dtype_ = 0, device_type_ = -1, device_index_ = -1;
 };
 
 inline const Tensor* pointer(const std::optional<Tensor>& x) { return x ? &*x : nullptr; }

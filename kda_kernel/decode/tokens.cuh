@@ -85,10 +85,13 @@ __device__ __forceinline__ void read_staged(Share& x, const SharedVector& source
   x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
 }
 
-// Brings the word that holds a number; from_word() takes the number out. No allocation ends inside a word.
+// Brings the word that holds a number, up to that number: memory may end there. (No allocation begins inside a word.)
+// from_word() takes the number out.
 __device__ __forceinline__ void stage_word(uint32_t& target, const void* data, FloatKind dtype, int64_t offset) {
-  const char* const source = static_cast<const char*>(data) + offset * (dtype == FloatKind::kFloat32 ? 4 : 2);
-  cp_async<4>(&target, source - reinterpret_cast<uintptr_t>(source) % 4);
+  const int size = dtype == FloatKind::kFloat32 ? 4 : 2;
+  const char* const source = static_cast<const char*>(data) + offset * size;
+  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 4);
+  cp_async_word(&target, source - before, before + size);
 }
 
 __device__ __forceinline__ float from_word(uint32_t word, const void* data, FloatKind dtype, int64_t offset) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from hub_client import NAME, stand_in
@@ -51,6 +53,12 @@ with torch.inference_mode():
 """
 
 
+on_a_cpu = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is not None,
+    reason="flash-linear-attention is installed: transformers' own code runs on it, and it needs a GPU",
+)
+
+
 @pytest.fixture
 def folder(tmp_path) -> str:
     """A tiny random Kimi-Linear model, saved."""
@@ -65,6 +73,7 @@ def code(folder: str, register: str, device: str = "cpu", dtype: str = "float32"
 ON_CPU = f"repo_id={NAME!r}, trust_remote_code=True, devices='cpu'"
 
 
+@on_a_cpu
 def test_from_pretrained_takes_the_kernel_from_the_hub(hub, client, folder):
     """Cold, then warm; the tokens are those of transformers' own code."""
     output = client.output(code(folder, ON_CPU))
@@ -82,6 +91,7 @@ def test_from_pretrained_takes_the_kernel_from_the_hub(hub, client, folder):
     assert hub.downloads() == []
 
 
+@on_a_cpu
 def test_a_revision(hub, client, folder):
     """A commit is loaded, whatever the branches say by now."""
     commit = hub.repositories[NAME].branches["v1"]
@@ -90,6 +100,7 @@ def test_a_revision(hub, client, folder):
     assert output["same"] and f"/snapshots/{commit}/" in output["file"]
 
 
+@on_a_cpu
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
