@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one command: tests, compute-sanitizer, the table of errors, short benchmarks.
 #
-#   bash scripts/gpu_check.sh [--out DIR] [--stages tests,sanitizer,errors,bench,decode] [--full] [--no-fla]
+#   bash scripts/gpu_check.sh [--out DIR] [--stages LIST] [--full] [--no-fla]
 #
 # --out DIR     where the result files and gpu_check.log go (default: benchmarks/results)
-# --stages LIST which stages run, of tests, sanitizer, errors, bench (prefill) and decode (default: all)
+# --stages LIST which stages run, of tests, sanitizer, errors, decode, layer, host and bench (prefill); default: all
 # --full        every benchmark case instead of six
 # --no-fla      leave flash-linear-attention out of the measurements
 # PYTHON names the interpreter (default: python3); it needs torch with CUDA, kernels, pytest and matplotlib.
@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 out=benchmarks/results
-stages=tests,sanitizer,errors,bench,decode
+stages=tests,sanitizer,errors,decode,layer,host,bench
 cases=(--quick)
 fla=()
 while (($#)); do
@@ -29,8 +29,8 @@ while (($#)); do
 done
 for stage in ${stages//,/ }; do
   case $stage in
-    tests | sanitizer | errors | bench | decode) ;;
-    *) echo "--stages: expected tests, sanitizer, errors, bench or decode, got $stage" >&2; exit 2 ;;
+    tests | sanitizer | errors | decode | layer | host | bench) ;;
+    *) echo "--stages: expected some of tests, sanitizer, errors, decode, layer, host and bench, got $stage" >&2; exit 2 ;;
   esac
 done
 
@@ -65,8 +65,10 @@ fi
 stage tests 420 "${pytest[@]}" --durations=15 --ignore=tests/gpu/test_sanitizer.py tests/gpu
 stage sanitizer 420 "${pytest[@]}" --durations=5 tests/gpu/test_sanitizer.py
 stage errors 240 "$python" benchmarks/errors.py --out "$out" "${fla[@]}"
-stage bench 540 "$python" benchmarks/prefill.py --out "$out" "${cases[@]}" "${fla[@]}"
 stage decode 240 "$python" benchmarks/decode.py --out "$out" "${cases[@]}" "${fla[@]}"
+stage layer 300 "$python" benchmarks/layer.py --out "$out" "${fla[@]}"
+stage host 60 "$python" benchmarks/host.py --out "$out"
+stage bench 540 "$python" benchmarks/prefill.py --out "$out" "${cases[@]}" "${fla[@]}"
 
 echo "== summary" | tee -a "$log"
 for line in "${summary[@]}"; do
