@@ -11,7 +11,7 @@ from typing import Callable
 
 import torch
 
-__all__ = ["GATES", "activate", "conv_layout", "make_inputs", "rel_rms", "to_float64"]
+__all__ = ["GATES", "activate", "conv_layout", "make_inputs", "prefix_states", "rel_rms", "to_float64"]
 
 
 class _Random:
@@ -196,6 +196,22 @@ def to_float64(kwargs: dict) -> dict:
         name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in kwargs.items()
     }
+
+
+def prefix_states(reference, inputs: dict) -> torch.Tensor:
+    """The states before tokens 0, 64, 128 ... of each sequence, [B, NT, HV, ...], by definition: the final
+    states of runs, in float64, that end there."""
+    inputs = to_float64(inputs)
+    packed, state = inputs["cu_seqlens"] is not None, inputs["initial_state"]
+    bounds = inputs["cu_seqlens"].tolist() if packed else [0, inputs["q"].shape[1]]
+    states = []
+    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        first = state[n : n + 1] if packed and state is not None else state
+        for stop in range(begin, end, 64):
+            part = {name: inputs[name][:, begin:stop] for name in ("q", "k", "v", "g", "beta")}
+            run = {**inputs, **part, "initial_state": first, "cu_seqlens": None, "output_final_state": True}
+            states.append(reference.recurrent_kda(**run)[1])
+    return torch.stack(states, dim=1)
 
 
 def rel_rms(ref: torch.Tensor, x: torch.Tensor) -> float:

@@ -6,28 +6,13 @@ import sys
 
 import pytest
 import torch
-from kda_inputs import make_inputs, rel_rms, to_float64
+from kda_inputs import make_inputs, prefix_states, rel_rms
 
 LENGTHS = (64, 0, 1, 63, 65, 128, 200)
 
 
 def bounds_of(lengths) -> list[int]:
     return [0, *torch.tensor(lengths).cumsum(0).tolist()]
-
-
-def expected_states(reference, inputs: dict) -> torch.Tensor:
-    """By definition: the final states of runs, in float64, that end there. [B, NT, HV, ...]"""
-    inputs = to_float64(inputs)
-    state = inputs["initial_state"]
-    bounds = [0, inputs["q"].shape[1]] if inputs["cu_seqlens"] is None else inputs["cu_seqlens"].tolist()
-    states = []
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
-        for stop in range(begin, end, 64):
-            part = {name: inputs[name][:, begin:stop] for name in ("q", "k", "v", "g", "beta")}
-            first = state if state is None or inputs["cu_seqlens"] is None else state[n : n + 1]
-            run = {**inputs, **part, "initial_state": first, "cu_seqlens": None, "output_final_state": True}
-            states.append(reference.recurrent_kda(**run)[1])
-    return torch.stack(states, dim=1)
 
 
 @pytest.mark.parametrize("v_first", [False, True], ids=["k-first", "v-first"])
@@ -44,7 +29,7 @@ def test_states(cpu_package, served, packed, initial, v_first):
     o, final_state, states = cpu_package.chunk_kda(**inputs, return_intermediate_states=True)
     plain = cpu_package.chunk_kda(**inputs)
     assert torch.equal(o, plain[0]) and torch.equal(final_state, plain[1])
-    expected = expected_states(reference, inputs)
+    expected = prefix_states(reference, inputs)
     assert states.dtype == torch.bfloat16 and states.shape == expected.shape
     error = 0.0 if not expected.any() and not states.any() else rel_rms(expected, states.double())
     assert error <= 2.5e-3  # one rounding to bfloat16

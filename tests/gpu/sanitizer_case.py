@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
 import decode_harness as decoding
 from decode_inputs import shuffled_slots
+from fused_decode_inputs import fused_inputs
 from harness import inputs_for, op_arguments
 from layer_inputs import LENGTHS, make_conv, make_norm
 
@@ -83,6 +84,21 @@ def decode(kernel) -> None:
                 raise SystemExit("decode, slots: NaN in the wrong places")
 
 
+def fused_step(kernel) -> None:
+    """The fused decode step: the plain call, odd addresses, a bias, slots of a pool, one of them padding."""
+    for options in (dict(N=3, T=1), dict(N=2, T=3, bias=True, state_v_first=True), dict(N=2, T=1, width=3)):
+        x = fused_inputs("lower-weak", device="cuda", **options)
+        shifted = {name: misaligned(x[name]) for name in ("q", "k", "v", "g", "beta", "gate")}
+        for call in (x, x | shifted):
+            if not kernel.fused_kda_decode(**call).isfinite().all():
+                raise SystemExit(f"fused step, {options}: the result is not finite")
+    x = fused_inputs("softplus-init", 3, 2, slots=5, device="cuda")
+    indices = torch.tensor([4, -1, 0], dtype=torch.int32, device="cuda")
+    out = kernel.fused_kda_decode(**x, ssm_state_indices=indices)
+    if not out.isfinite().all() or out[1].any():
+        raise SystemExit("fused step, slots: wrong results")
+
+
 def run_layer_operators(kernel) -> None:
     """The operators around the delta rule: aligned and not, the convolution's state in place."""
     for offset, channels in ((0, (8, 16, 24)), (1, (1024, 1024, 2056))):
@@ -105,6 +121,7 @@ def main() -> None:
 
     kernel = get_local_kernel(ROOT)
     decode(kernel)
+    fused_step(kernel)
     for name, (gate, options) in CASES.items():
         inputs = inputs_for(gate, **{"H": 2, **options})
         o, final_state = kernel.chunk_kda(**inputs)
@@ -123,7 +140,7 @@ def main() -> None:
     if not (o.isnan().all() and final_state.isnan().all()):
         raise SystemExit("bad cu_seqlens: the result is not NaN")
     run_layer_operators(kernel)
-    print(f"{len(CASES) + len(DECODE_CASES) + 2} cases done")
+    print(f"{len(CASES) + len(DECODE_CASES) + 6} cases done")
 
 
 if __name__ == "__main__":

@@ -5,24 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import TOLERANCE, inputs_for
-from kda_inputs import GATES, rel_rms, to_float64
+from kda_inputs import GATES, prefix_states, rel_rms
 
 LENGTHS = (64, 0, 1, 63, 65, 128, 200, 31, 97)
-
-
-def prefix_states(reference, inputs: dict) -> torch.Tensor:
-    """The final states of runs that end where the states are kept, in float64. [B, NT, HV, ...]"""
-    inputs = to_float64(inputs)
-    packed, state = inputs["cu_seqlens"] is not None, inputs["initial_state"]
-    bounds = inputs["cu_seqlens"].tolist() if packed else [0, inputs["q"].shape[1]]
-    states = []
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
-        first = state[n : n + 1] if packed else state
-        for stop in range(begin, end, 64):
-            part = {name: inputs[name][:, begin:stop] for name in ("q", "k", "v", "g", "beta")}
-            run = {**inputs, **part, "initial_state": first, "cu_seqlens": None, "output_final_state": True}
-            states.append(reference.recurrent_kda(**run)[1])
-    return torch.stack(states, dim=1)
 
 
 @pytest.mark.parametrize("v_first", [False, True], ids=["k-first", "v-first"])
