@@ -219,8 +219,12 @@ def _mapping(registered: Registration, ours: bool) -> dict:
             on_cpu = {inference: layer}
         mapping[name] = {}
         if "cuda" in registered.devices:
+            # `kernels` forgets no range and takes the narrowest: an entry for each capability, which a later
+            # registration or its end overwrites, leaves no range behind that would win over a wider one.
             low, high = registered.capability
-            mapping[name][Device("cuda", CUDAProperties(min_capability=low, max_capability=high))] = on_cuda
+            for capability in range(low, high + 1):
+                one = CUDAProperties(min_capability=capability, max_capability=capability)
+                mapping[name][Device("cuda", one)] = on_cuda
         if "cpu" in registered.devices:
             mapping[name]["cpu"] = on_cpu
     return mapping

@@ -131,6 +131,19 @@ def test_training_stays_with_transformers(gpu, kernel_package):
     assert gpu(model, 90) == OURS
 
 
+@pytest.mark.parametrize("ended", [False, True], ids=["replaced", "unregistered"])
+@pytest.mark.parametrize("first", [(90, 90), (80, 100), (100, 129)], ids=str)
+def test_an_earlier_range_leaves_nothing_behind(gpu, kernel_package, first, ended):
+    """Narrower, overlapping from below and from above."""
+    model = build("kimi_linear")
+    hf_layer.register(capability=first)
+    if ended:
+        hf_layer.unregister()
+    hf_layer.register(capability=(86, 120))
+    assert {gpu(model, capability) for capability in (86, 90, 100, 120)} == {OURS}
+    assert {gpu(model, capability) for capability in (80, 85, 121)} == {THEIRS}
+
+
 def test_a_second_call_replaces_the_first(gpu, kernel_package):
     model = build("kimi_linear")
     hf_layer.register(capability=(80, 129))
