@@ -49,8 +49,7 @@ def measured_on(section: dict) -> str:
     environment = section["environment"]
     versions = [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]
     commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", environment["commit"])
-    text = f"{environment['device']}; {', '.join(versions)}; commit `{commit}`."
-    return text
+    return f"{environment['device']}; {', '.join(versions)}; commit `{commit}`."
 
 
 def with_fla(rows: list[dict]) -> bool:

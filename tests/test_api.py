@@ -345,6 +345,15 @@ def test_fwd_call(kernel_package, fake_gpu):
     assert call["state_v_first"] is True
 
 
+@pytest.mark.parametrize("name", ["k", "v", "g", "beta", "out"])
+def test_none_in_the_place_of_a_tensor_is_named(cpu_package, name):
+    x = torch.zeros(1, 4, 1, 128, dtype=torch.bfloat16)
+    tensors = dict(q=x, k=x, v=x, g=x, beta=x[..., 0], out=torch.empty_like(x))
+    tensors[name] = None
+    with pytest.raises(RuntimeError, match=f" {name}: expected a tensor, got None"):
+        cpu_package.fwd(**tensors, scale=1.0, A_log=None, dt_bias=None, lower_bound=-5.0)
+
+
 def test_fwd_refuses_gradients(kernel_package, fake_gpu):
     kwargs = on_fake_gpu(fwd_inputs())
     kwargs["A_log"].requires_grad_()
