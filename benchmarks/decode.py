@@ -9,7 +9,8 @@ in a CUDA graph of many, each on other tensors, so that a state never lies in th
 replays, p10..p90, the floor (`DecodeCase.floor_bytes` over the copy bandwidth of this run), ours over the
 floor, FLA's median and FLA over ours. FLA's is its inner function, which updates states in place as ours
 does, without the checks around it. Host time is that of an eager call. The fused step is `fused_kda_decode`,
-beside the bare `fused_recurrent_kda` of the same case. Writes decode-<device>.json and the plot into --out.
+beside the bare `fused_recurrent_kda` of the same case. Writes decode-<device>.json, row by row, and the
+plot into --out.
 """
 
 from __future__ import annotations
@@ -176,20 +177,20 @@ def main() -> None:
     bandwidth = timing.copy_bandwidth()
     print(f"device-to-device copy: {bandwidth / 1e9:.0f} GB/s (bytes read and written)", flush=True)
 
-    path = env.result_path(options.out, "decode", environment)
+    result = env.Section(options.out, "decode", environment)
     cache_bytes = environment["l2_bytes"]
-    section = {"environment": environment, "copy_bytes_per_s": bandwidth, "D": D, "rows": []}
-    section["host"] = measure_host(kernel, fla)
-    for name, measured in section["host"].items():
+    rows, host = [], measure_host(kernel, fla)
+    result.save(copy_bytes_per_s=bandwidth, D=D, rows=rows, host=host)
+    for name, measured in host.items():
         print(f"host time of a call, {name}: {1e3 * measured['median_ms']:.1f} us")
     if hasattr(kernel, "fused_kda_decode"):
-        section["fused"] = fused = measure_fused(kernel, cache_bytes)
+        fused = measure_fused(kernel, cache_bytes)
+        result.save(fused=fused)
         text = f"fused step, {fused['case']}: {fused['fused']['median_ms']:.4f} ms"
         print(
             f"{text}, {fused['over_bare']:.3f} of the bare one's {fused['bare']['median_ms']:.4f} ms",
             flush=True,
         )
-    env.update_result(path, "decode", section)
 
     print(line(HEADER), flush=True)
     for shape in options.cases:
@@ -197,17 +198,15 @@ def main() -> None:
             for T in options.tokens:
                 torch.cuda.empty_cache()
                 row = measure(shape, T, state, kernel, fla, bandwidth, cache_bytes)
-                section["rows"].append(row)
+                rows.append(row)
                 print(line(cells(row)), flush=True)
-                env.update_result(path, "decode", section)
-    print_table(
-        section["rows"], f"decoding on {environment['device']}, D = {D}, milliseconds in a CUDA graph"
-    )
-    print(f"wrote {path}")
+                result.save()
+    print_table(rows, f"decoding on {environment['device']}, D = {D}, milliseconds in a CUDA graph")
+    result.finish()
     if not options.no_plots:
         import plots
 
-        for figure in plots.draw(path, options.out):
+        for figure in plots.draw(result.path, options.out):
             print(f"wrote {figure}")
 
 

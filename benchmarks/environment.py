@@ -89,8 +89,36 @@ def result_path(directory: Path, benchmark: str, environment: dict) -> Path:
 
 
 def update_result(path: Path, section: str, value: dict) -> None:
-    """Sets one section of the JSON object at `path`; its other sections stay as they are."""
+    """Sets one section of the JSON object at `path`; its other sections stay as they are.
+
+    The file is replaced as a whole: who is killed in here leaves the one before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.exists() else {}
     content[section] = value
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+class Section:
+    """A section of <directory>/<benchmark>-<device>.json that is written again after every measurement.
+
+    `content` is the section; its "complete" is False until `finish`, so that a run that was killed leaves a
+    valid file that says so.
+    """
+
+    def __init__(self, directory: Path, benchmark: str, environment: dict, name: str | None = None):
+        self.path = result_path(directory, benchmark, environment)
+        self.name = name or benchmark
+        self.content: dict = {"environment": environment, "complete": False}
+
+    def save(self, **changes) -> None:
+        """Sets parts of the section and writes it."""
+        self.content.update(changes)
+        update_result(self.path, self.name, self.content)
+
+    def finish(self) -> None:
+        """The last measurement is in."""
+        self.save(complete=True)
+        print(f"wrote {self.path}", flush=True)

@@ -4,7 +4,7 @@
 
 Inputs are those of the tests (tests/kda_inputs.py, where the gates are described). The reference is
 reference.py in float64 on the same rounded inputs. Writes the section "errors" of
-prefill-<device>.json in --out.
+prefill-<device>.json in --out, row by row.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> None:
     env.print_environment(environment)
     print(f"relative RMS error against float64, output / final state, H = {options.heads}")
     print(f"{'gate':<18}{'T':>6}  {'flash-kda':<20}{'FLA Triton':<20}", flush=True)
+    result = env.Section(options.out, "prefill", environment, name="errors")
     rows = []
     with torch.inference_mode():
         for gate in GATES:
@@ -70,9 +71,8 @@ def main() -> None:
                     f"{gate:<18}{T:>6}  {shown(rows[-1]['ours']):<20}{shown(rows[-1].get('fla')):<20}",
                     flush=True,
                 )
-    path = env.result_path(options.out, "prefill", environment)
-    env.update_result(path, "errors", {"environment": environment, "rows": rows})
-    print(f"wrote {path}")
+                result.save(rows=rows)
+    result.finish()
 
 
 if __name__ == "__main__":

@@ -182,9 +182,9 @@ def main() -> None:
         rows = measure(calls, torch.cuda.synchronize if device == "cuda" else lambda: None)
     versions = f"torch {environment['torch']}, Python {environment['python']}, commit {environment['commit']}"
     print_rows(rows, f"{environment['device']}, {mode.__name__}, microseconds of host time\n{versions}")
-    path = env.result_path(options.out, "host", environment)
-    env.update_result(path, mode.__name__, {"environment": environment, "calls": CALLS, "rows": rows})
-    print(f"wrote {path}")
+    result = env.Section(options.out, "host", environment, name=mode.__name__)
+    result.save(calls=CALLS, rows=rows)
+    result.finish()
 
 
 if __name__ == "__main__":
