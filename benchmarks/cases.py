@@ -7,6 +7,10 @@ D = 128. q, k, v, g and the beta logits are N(0, 1) in bf16, states N(0, 1) in f
 | strong | lower bound -5 | A_log ~ U(0, 1), dt_bias ~ U(0, 1) | about -3.2 |
 | weak | lower bound -5 | the same with dt_bias lower by 7 | about -0.002 |
 | softplus | softplus | Kimi-Linear's start: A ~ U(1, 16), dt log-uniform in 1e-3 .. 1e-1 | about -0.3 |
+| token-resets | softplus | the same, but 5 % of a head's tokens have -2600 in all channels | about -130 |
+| channel-resets | softplus | the same, but 5 % of all log decays are -2600 | about -130 |
+| bf16-g | none | the log decays of softplus, handed over in bf16 | about -0.3 |
+| fp32-g | none | the log decays of softplus, handed over in fp32 | about -0.3 |
 
 Decoding takes the softplus gate, and states V-first [N, HV, V, K] that are updated in place.
 """
@@ -18,10 +22,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 D = 128  # K = V, the kernel's head dimension
 LOWER_BOUND = -5.0
-GATES = ("strong", "weak", "softplus")
+BOUNDED = ("strong", "weak")
+GATES = (*BOUNDED, "softplus", "token-resets", "channel-resets", "bf16-g", "fp32-g")
+RESET = -2600.0  # log decay, after which nothing is left of a state; its raw gate is rounded to bf16
+RESET_SHARE = 0.05
 MIXED = (1300, 547, 2048, 963, 271, 3063)
 
 
@@ -42,9 +50,9 @@ class Case:
     def N(self) -> int:
         return len(self.lengths)
 
-    def floor_bytes(self) -> int:
-        """q, k, v, g and out in bf16 and both states in fp32, each moved once."""
-        tokens = 2 * self.T * D * (2 * self.H + 3 * self.HV)
+    def floor_bytes(self, gate: str = "strong") -> int:
+        """q, k, v, out and g, in bf16 but for the g of fp32-g, and both states in fp32, each moved once."""
+        tokens = 2 * self.T * D * (2 * self.H + (4 if gate == "fp32-g" else 3) * self.HV)
         states = 2 * 4 * self.N * self.HV * D * D
         return tokens + states
 
@@ -75,6 +83,12 @@ CASES = (
     case((131072,), 8),
 )
 QUICK = ("8192/H96", "mixed6/H96", "8192/H64", "8192/H32", "8x1024/H32", "512/H32")
+ALL_GATES = ("8192/H96", "8192/H64", "8192/H32", "8x1024/H32")  # cases that are measured with every gate
+
+
+def gates_of(name: str) -> tuple[str, ...]:
+    """The gates that the case of this name is measured with."""
+    return GATES if name in ALL_GATES else BOUNDED
 
 
 def random_numbers(seed: int, device: str):
@@ -95,6 +109,21 @@ def softplus_parameters(uniform, HV: int) -> dict:
     dt = uniform(math.log(1e-3), math.log(1e-1), HV, D).exp()
     A_log = uniform(1, 16, HV).log()
     return {"A_log": A_log, "dt_bias": dt + torch.log(-torch.expm1(-dt))}  # softplus(dt_bias) = dt
+
+
+def add_resets(inputs: dict, uniform, channels: int) -> None:
+    """Makes log decays RESET at random: of whole tokens and heads with 1 channel, of single ones with D."""
+    g = inputs["g"]
+    reset = uniform(0, 1, *g.shape[:3], channels) < RESET_SHARE
+    raw = -RESET * torch.exp(-inputs["A_log"]).unsqueeze(-1) - inputs["dt_bias"]  # softplus(x) = x out there
+    inputs["g"] = torch.where(reset, raw.to(g.dtype), g)
+
+
+def hand_over_log_decay(inputs: dict, dtype: torch.dtype) -> None:
+    """Activates the gate here, so that the call has none of it to do."""
+    x = inputs["g"] + inputs.pop("dt_bias")
+    rate = inputs.pop("A_log").exp().unsqueeze(-1)
+    inputs.update(g=(-rate * F.softplus(x)).to(dtype), use_gate_in_kernel=False)
 
 
 def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seqlens=None) -> dict:
@@ -122,10 +151,14 @@ def make_inputs(shape: Case, gate: str, seed: int, device: str = "cuda", cu_seql
         inputs["A_log"] = uniform(0, 1, HV)
         inputs["dt_bias"] = uniform(0, 1, HV, D) - shift
         inputs.update(lower_bound=LOWER_BOUND, safe_gate=True)
-    elif gate == "softplus":
+    elif gate in GATES:
         inputs.update(softplus_parameters(uniform, HV), lower_bound=None, safe_gate=False)
+        if gate.endswith("resets"):
+            add_resets(inputs, uniform, 1 if gate == "token-resets" else D)
+        elif gate.endswith("-g"):
+            hand_over_log_decay(inputs, torch.float32 if gate == "fp32-g" else torch.bfloat16)
     else:
-        raise ValueError(f"gate: expected one of {GATES}, got {gate!r}")
+        raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
     if shape.N > 1:
         inputs["cu_seqlens"] = cumulative(shape.lengths, device) if cu_seqlens is None else cu_seqlens
     return inputs

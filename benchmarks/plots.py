@@ -12,7 +12,11 @@ import json
 from pathlib import Path
 
 FLOOR, OURS, FLA = "#8a8f98", "#1f6fb4", "#d98032"
-GATE_MARKS = {"strong": "o", "weak": "s", "softplus": "^"}
+GATE_MARKS = {
+    "strong": "o", "weak": "s", "softplus": "^", "token-resets": "v", "channel-resets": "<", "bf16-g": "d",
+    "fp32-g": "D",
+}  # fmt: skip
+SERIES_GATES = ("strong", "weak", "softplus")  # the others are measured with few shapes
 DECODE_MARKS = {"fp32, T = 1": "o", "fp32, T = 4": "D", "bf16, T = 1": "s", "bf16, T = 4": "^"}
 OTHER_MARK = "X"
 
@@ -117,10 +121,11 @@ def draw_cases(content: dict, path: Path, kind_of, marks: dict, time: str, label
 
 
 def single_sequence_series(rows: list[dict], axis: str, fixed: str) -> dict:
-    """Rows of one sequence by (value of `fixed`, gate), along `axis`, where there are two points or more."""
+    """Rows of one sequence by (value of `fixed`, gate of SERIES_GATES), along `axis`, where there are two points
+    or more."""
     series: dict[tuple, list[dict]] = {}
     for row in rows:
-        if len(row["lengths"]) == 1:
+        if len(row["lengths"]) == 1 and row["gate"] in SERIES_GATES:
             point = dict(row, T=row["lengths"][0])
             series.setdefault((point[fixed], row["gate"]), []).append(point)
     return {key: sorted(points, key=lambda p: p[axis]) for key, points in series.items() if len(points) > 1}

@@ -1,13 +1,20 @@
 """Prefill: `chunk_kda` against the memory floor and against FLA's Triton kernels, in one run.
 
-    python benchmarks/prefill.py                              every case, every gate
-    python benchmarks/prefill.py --quick                      six cases
-    python benchmarks/prefill.py --cases 8192/H96 512/H32 --gates strong weak --no-fla
+    python benchmarks/prefill.py                              every case; four cases with every gate
+    python benchmarks/prefill.py --quick --no-fla             six cases, without FLA
+    python benchmarks/prefill.py --fla 8192/H96 512/H32       every case, FLA for these two
+    python benchmarks/prefill.py --cases 8192/H96 512/H32 --gates strong weak
 
 Columns: median time between two events around an eager call, p10..p90, the floor (`Case.floor_bytes` over the
 copy bandwidth of this run), ours over the floor, FLA's median and FLA over ours. Calls under 0.2 ms are also
-timed without host time: queued behind other work (both) and in a CUDA graph (ours).
-Writes prefill-<device>.json and the plots into --out.
+timed without host time: queued behind other work (both) and in a CUDA graph (ours). "+N MiB" behind a row is
+the most memory that a call held at one time beyond its results (`timing.peak_extra_bytes`). The summary says
+which targets of targets.py are met.
+
+FLA's turn comes after all of ours, case by case. Its kernels are compiled first by several processes at once
+(fla_tuning.py); its autotuner then times them here, for 10 to 20 seconds for every H, packed or not.
+prefill-<device>.json in --out is written after every row, with "complete" false until the last one.
+The plots come last; --no-plots leaves them to `plots.py`, on a machine with matplotlib.
 """
 
 from __future__ import annotations
@@ -21,8 +28,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import environment as env
+import fla_tuning
+import host
+import targets
 import timing
-from cases import CASES, GATES, QUICK, case, input_sets
+from cases import CASES, GATES, QUICK, Case, gates_of, input_sets
 
 SHORT_MS = 0.2  # below this an eager call may wait for the host
 
@@ -34,7 +44,8 @@ def measure(chunk_kda, sets, is_ours: bool) -> dict:
         chunk_kda(**inputs)
 
     eager = timing.time_eager(call, sets)
-    row = {"eager": eager.to_json()}
+    extra_bytes = timing.peak_extra_bytes(lambda: chunk_kda(**sets[0]))
+    row = {"eager": eager.to_json(), "peak_extra_bytes": extra_bytes}
     if eager.median_ms < SHORT_MS or (not is_ours and sets[0]["q"].shape[1] <= 2048):
         row["queued"] = timing.time_queued(call, sets).to_json()
     if eager.median_ms < SHORT_MS and is_ours:
@@ -42,14 +53,15 @@ def measure(chunk_kda, sets, is_ours: bool) -> dict:
     return row
 
 
-def sets_for(shape, gate: str, cache_bytes: int) -> list[dict]:
-    return input_sets(shape, gate, timing.sets_to_outgrow_cache(shape.floor_bytes(), cache_bytes))
+def sets_for(shape: Case, gate: str, cache_bytes: int) -> list[dict]:
+    count = timing.sets_to_outgrow_cache(shape.floor_bytes(gate), cache_bytes)
+    return input_sets(shape, gate, count)
 
 
-def measure_ours(shape, gate: str, chunk_kda, bandwidth: float, cache_bytes: int) -> dict:
+def measure_ours(shape: Case, gate: str, chunk_kda, bandwidth: float, cache_bytes: int) -> dict:
     """One row of the result: the case, its floor and our timings."""
     sets = sets_for(shape, gate, cache_bytes)
-    floor_ms = 1e3 * shape.floor_bytes() / bandwidth
+    floor_bytes = shape.floor_bytes(gate)
     row = {
         "case": shape.name,
         "lengths": list(shape.lengths),
@@ -57,42 +69,32 @@ def measure_ours(shape, gate: str, chunk_kda, bandwidth: float, cache_bytes: int
         "HV": shape.HV,
         "gate": gate,
         "input_sets": len(sets),
-        "floor_bytes": shape.floor_bytes(),
-        "floor_ms": floor_ms,
+        "floor_bytes": floor_bytes,
+        "floor_ms": 1e3 * floor_bytes / bandwidth,
         "ours": measure(chunk_kda, sets, is_ours=True),
     }
-    row["over_floor"] = row["ours"]["eager"]["median_ms"] / floor_ms
+    row["over_floor"] = row["ours"]["eager"]["median_ms"] / row["floor_ms"]
     return row
 
 
-def add_fla(row: dict, shape, fla, cache_bytes: int) -> None:
+def add_fla(row: dict, shape: Case, fla, cache_bytes: int) -> None:
     """FLA's timings of the same case on the same inputs, into its row."""
     row["fla"] = measure(fla, sets_for(shape, row["gate"], cache_bytes), is_ours=False)
     row["speedup_over_fla"] = row["fla"]["eager"]["median_ms"] / row["ours"]["eager"]["median_ms"]
 
 
 def measure_host(kernel) -> dict:
-    """Host milliseconds of an eager call, on a shape that takes the device less time than the host."""
-    sets = input_sets(case((64,), 4), "strong", 2)
-    buffers = [(x, torch.empty_like(x["v"]), torch.empty_like(x["initial_state"])) for x in sets]
-
-    def chunk_kda(inputs):
-        kernel.chunk_kda(**inputs)
-
-    def fwd(buffer):
-        x, out, final_state = buffer
-        kernel.fwd(
-            x["q"], x["k"], x["v"], x["g"], x["beta"], 128**-0.5, out, x["A_log"], x["dt_bias"],
-            x["lower_bound"], initial_state=x["initial_state"], final_state=final_state,
-        )  # fmt: skip
-
+    """Host milliseconds of an eager call, as host.py measures them."""
+    rows = host.measure(host.make_calls(kernel, host.make_inputs("cuda")), torch.cuda.synchronize)
+    columns = {"median_ms": "us", "p10_ms": "p10_us", "p90_ms": "p90_us"}
     return {
-        "chunk_kda": timing.time_host(chunk_kda, sets).to_json(),
-        "fwd": timing.time_host(fwd, buffers).to_json(),
+        row["name"]: {ms: 1e-3 * row[us] for ms, us in columns.items()}
+        for row in rows
+        if row["name"] in targets.HOST_US
     }
 
 
-HEADER = f"{'case':<15}{'gate':<10}{'ms':>9}{'p10..p90':>17}"
+HEADER = f"{'case':<12}{'gate':<16}{'ms':>9}{'p10..p90':>17}"
 HEADER += f"{'floor':>8}{'x floor':>9}{'FLA ms':>9}{'FLA/ours':>10}"
 
 
@@ -100,7 +102,7 @@ def line(row: dict) -> str:
     """One line of the table; device-only times follow where they were taken."""
     eager = row["ours"]["eager"]
     spread = f"{eager['p10_ms']:.3f}..{eager['p90_ms']:.3f}"
-    text = f"{row['case']:<15}{row['gate']:<10}{eager['median_ms']:>9.4f}{spread:>17}"
+    text = f"{row['case']:<12}{row['gate']:<16}{eager['median_ms']:>9.4f}{spread:>17}"
     text += f"{row['floor_ms']:>8.3f}{row['over_floor']:>9.2f}"
     if "fla" in row:
         text += f"{row['fla']['eager']['median_ms']:>9.3f}{row['speedup_over_fla']:>10.2f}"
@@ -108,69 +110,82 @@ def line(row: dict) -> str:
         for kind in ("queued", "graph"):
             if kind in row.get(name, {}):
                 text += f"  {label} {kind} {row[name][kind]['median_ms']:.4f}"
+        if extra_bytes := row.get(name, {}).get("peak_extra_bytes"):
+            text += f"  {label} +{extra_bytes / 2**20:.1f} MiB"
     return text
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
+    """`rows`: (case, gate) of every row; `fla`: the names of the cases that FLA is measured with."""
     names = [shape.name for shape in CASES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
-    parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES), metavar="GATE")
+    parser.add_argument("--gates", nargs="+", choices=GATES, metavar="GATE", help=f"of {', '.join(GATES)}")
     parser.add_argument("--quick", action="store_true", help=f"the cases {', '.join(QUICK)}")
-    parser.add_argument("--no-fla", action="store_true", help="do not measure FLA")
+    fla = parser.add_mutually_exclusive_group()
+    fla.add_argument(
+        "--fla", nargs="+", choices=names, metavar="CASE", help="measure FLA with these cases only"
+    )
+    fla.add_argument("--no-fla", action="store_true", help="do not measure FLA")
     parser.add_argument("--no-plots", action="store_true", help="do not draw")
     parser.add_argument(
         "--out", type=Path, default=env.RESULTS, help="folder for the JSON file and the plots"
     )
     chosen = parser.parse_args(arguments)
     wanted = chosen.cases or (QUICK if chosen.quick else names)
-    chosen.cases = [shape for shape in CASES if shape.name in wanted]
+    shapes = [shape for shape in CASES if shape.name in wanted]
+    chosen.rows = [(shape, gate) for shape in shapes for gate in chosen.gates or gates_of(shape.name)]
+    if chosen.fla and not set(chosen.fla) <= set(wanted):
+        parser.error(f"--fla: expected some of the cases {', '.join(wanted)}, got {', '.join(chosen.fla)}")
+    chosen.fla = [] if chosen.no_fla else chosen.fla or [shape.name for shape in shapes]
     return chosen
 
 
 def main() -> None:
     options = parse_arguments()
     kernel = env.load_kernel()
-    fla = None if options.no_fla else env.load_fla()
+    fla = env.load_fla() if options.fla else None
     environment = env.describe(kernel)
     env.print_environment(environment)
     bandwidth = timing.copy_bandwidth()
     print(f"device-to-device copy: {bandwidth / 1e9:.0f} GB/s (bytes read and written)", flush=True)
 
-    path = env.result_path(options.out, "prefill", environment)
+    result = env.Section(options.out, "prefill", environment)
     cache_bytes = environment["l2_bytes"]
     rows, shapes = [], []
-
-    def save():
-        section = {"environment": environment, "copy_bytes_per_s": bandwidth, "host": host, "rows": rows}
-        env.update_result(path, "prefill", section)
-
     with torch.inference_mode():
-        host = measure_host(kernel)
-        print("host time a call: " + ", ".join(f"{n} {1e3 * t['median_ms']:.1f} us" for n, t in host.items()))
+        host_times = measure_host(kernel)
+        result.save(copy_bytes_per_s=bandwidth, host=host_times, rows=rows)
+        shown = (f"{name} {1e3 * times['median_ms']:.1f} us" for name, times in host_times.items())
+        print(f"host time a call: {', '.join(shown)}")
         print(HEADER, flush=True)
-        for shape in options.cases:
-            for gate in options.gates:
-                rows.append(measure_ours(shape, gate, kernel.chunk_kda, bandwidth, cache_bytes))
-                shapes.append(shape)
-                torch.cuda.empty_cache()
-                print(line(rows[-1]), flush=True)
-                save()
-        # FLA last: it compiles and tunes its kernels anew for every H, which takes minutes.
+        for shape, gate in options.rows:
+            rows.append(measure_ours(shape, gate, kernel.chunk_kda, bandwidth, cache_bytes))
+            shapes.append(shape)
+            torch.cuda.empty_cache()
+            print(line(rows[-1]), flush=True)
+            result.save()
+        items = targets.summary(result.content)
+        result.save(summary=items)
+        print("\n".join(targets.summary_lines(items)), flush=True)
         if fla is not None:
+            chosen = [
+                (row, shape) for row, shape in zip(rows, shapes, strict=True) if shape.name in options.fla
+            ]
+            fla_tuning.compile_ahead([(shape.name, row["gate"]) for row, shape in chosen])
             print("with FLA's Triton kernels:", flush=True)
-            for row, shape in zip(rows, shapes, strict=True):
+            for row, shape in chosen:
                 add_fla(row, shape, fla, cache_bytes)
                 torch.cuda.empty_cache()
                 print(line(row), flush=True)
-                save()
-    print(f"wrote {path}")
+                result.save()
+    result.finish()
     if not options.no_plots:
         import plots
 
-        for figure in plots.draw(path, options.out):
+        for figure in plots.draw(result.path, options.out):
             print(f"wrote {figure}")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from cases import CASES, DECODE_CASES, DECODE_QUICK, GATES, QUICK
+from cases import CASES, DECODE_CASES, DECODE_QUICK, QUICK, gates_of
 
 SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 NO_RESULTS = "No results are recorded. `bash scripts/gpu_check.sh` on a machine with a GPU records some."
@@ -56,6 +56,11 @@ def with_fla(rows: list[dict]) -> bool:
     return any("fla" in row for row in rows)
 
 
+def ended_early(section: dict) -> str:
+    """A sentence for a run that was killed; files from before there was such a mark are complete."""
+    return "" if section.get("complete", True) else " The run was ended before its last measurement."
+
+
 def errors_command(rows: list[dict]) -> str:
     """The call of errors.py that measures these rows."""
     words = ["python benchmarks/errors.py"]
@@ -72,9 +77,15 @@ def prefill_command(rows: list[dict]) -> str:
         words.append("--quick")
     elif cases != [shape.name for shape in CASES]:
         words.append(f"--cases {' '.join(cases)}")
-    if gates != list(GATES):
+    usual = [(case, gate) for case in cases for gate in gates_of(case)]
+    if [(row["case"], row["gate"]) for row in rows] != usual:
         words.append(f"--gates {' '.join(gates)}")
-    return " ".join(words + ["--no-fla"] * (not with_fla(rows)))
+    beside_fla = distinct(row["case"] for row in rows if "fla" in row)
+    if not beside_fla:
+        words.append("--no-fla")
+    elif beside_fla != cases:
+        words.append(f"--fla {' '.join(beside_fla)}")
+    return " ".join(words)
 
 
 def errors_table(content: dict) -> list[str]:
@@ -91,7 +102,7 @@ def errors_table(content: dict) -> list[str]:
         if fla:
             body[-1] += shown(row.get("fla"))
     return [
-        f"{measured_on(content)} `{errors_command(rows)}`",
+        f"{measured_on(content)} `{errors_command(rows)}`{ended_early(content)}",
         "",
         *markdown(header, body),
     ]
@@ -117,9 +128,14 @@ def prefill_table(content: dict) -> list[str]:
             cells.append("" if in_graph is None else milliseconds(in_graph["median_ms"]))
         body.append(cells)
     host = ", ".join(f"`{name}` {1e3 * timing['median_ms']:.0f}" for name, timing in content["host"].items())
+    about = f"Copy bandwidth {content['copy_bytes_per_s'] / 1e12:.2f} TB/s; "
+    about += f"host time of a call, microseconds: {host}."
+    extra_bytes = [row["ours"].get("peak_extra_bytes") for row in rows]
+    if None not in extra_bytes:
+        about += f" Peak of memory beyond the results, bytes: {max(extra_bytes)}."
     return [
-        f"{measured_on(content)} `{prefill_command(rows)}`",
-        f"Copy bandwidth {content['copy_bytes_per_s'] / 1e12:.2f} TB/s; host time of a call, microseconds: {host}.",
+        f"{measured_on(content)} `{prefill_command(rows)}`{ended_early(content)}",
+        about,
         "",
         *markdown(header, body),
     ]
@@ -164,7 +180,8 @@ def decode_table(content: dict) -> list[str]:
             f" Fused step at {fused['case']}, fp32 state: {milliseconds(fused['fused']['median_ms'])} ms,"
         )
         about += f" {fused['over_bare']:.2f} of the bare one's {milliseconds(fused['bare']['median_ms'])}."
-    return [f"{measured_on(content)} `{decode_command(rows)}`", about, "", *markdown(header, body)]
+    command = f"`{decode_command(rows)}`{ended_early(content)}"
+    return [f"{measured_on(content)} {command}", about, "", *markdown(header, body)]
 
 
 TABLES = {"errors": errors_table, "prefill": prefill_table, "decode": decode_table}

@@ -154,6 +154,21 @@ def time_host(call, sets, calls: int = 50, repeats: int = 15) -> Timing:
     return Timing.of(samples)
 
 
+def peak_extra_bytes(call) -> int:
+    """The most memory that `call` held at one time beyond what it returns, in bytes of torch's allocator.
+
+    It is torch.cuda.max_memory_allocated() after a call whose results are still alive, less memory_allocated().
+    What a library takes from the driver by itself is not seen.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    results = call()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    del results
+    return extra
+
+
 def copy_bandwidth(size: int = 2**31) -> float:
     """Bytes a second of a device-to-device copy of `size` bytes, counting bytes read and bytes written."""
     source = torch.randint(-128, 128, (size,), dtype=torch.int8, device="cuda")

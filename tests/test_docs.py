@@ -271,7 +271,10 @@ def test_tables_hold_the_results(page):
         assert "NVIDIA Test 9000; torch 2.11.0+cu130, cuda 13.0, kernels 0.17.2, " in part
         assert "flash-linear-attention 0.6.0; commit `0123456789ab-dirty`." in part
     assert "`python benchmarks/errors.py --lengths 1024 --heads 8`" in errors
-    assert "`python benchmarks/prefill.py --cases 8192/H96 512/H32 --gates strong weak`" in prefill
+    assert (
+        "`python benchmarks/prefill.py --cases 8192/H96 512/H32 --gates strong weak --fla 8192/H96`"
+        in prefill
+    )
     assert "3.01 TB/s" in prefill and "`chunk_kda` 21, `fwd` 12" in prefill
     assert "old" not in prefill and prefill.endswith("<!-- /results -->\n\nend\n")
 
@@ -317,8 +320,36 @@ def test_tables_without_fla(page):
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "all"])
 def test_command_of_the_usual_cases(tables, quick):
     names = tables.QUICK if quick else [shape.name for shape in tables.CASES]
-    rows = [{"case": name, "gate": gate, "fla": {}} for name in names for gate in tables.GATES]
-    assert tables.prefill_command(rows) == "python benchmarks/prefill.py" + " --quick" * quick
+    rows = [{"case": name, "gate": gate, "fla": {}} for name in names for gate in tables.gates_of(name)]
+    command = "python benchmarks/prefill.py" + " --quick" * quick
+    assert tables.prefill_command(rows) == command
+    for row in rows:
+        if row["case"] != names[0]:
+            del row["fla"]
+    assert tables.prefill_command(rows) == f"{command} --fla {names[0]}"
+    three = ("strong", "weak", "softplus")
+    rows = [{"case": name, "gate": gate} for name in names for gate in three]
+    assert tables.prefill_command(rows) == f"{command} --gates strong weak softplus --no-fla"
+
+
+def test_a_run_that_was_ended_early(page):
+    content = results()
+    for name in ("errors", "prefill"):
+        content[name]["complete"] = name == "errors"
+    page.add("prefill-test.json", content)
+    assert page.run() == 0
+    errors, prefill = page.text.split("\ntext\n")
+    assert "ended" not in errors and "The run was ended before its last measurement." in prefill
+
+
+def test_memory_beyond_the_results(page):
+    content = results()
+    for row, extra_bytes in zip(content["prefill"]["rows"], (0, 512)):
+        page.add("prefill-test.json", content)
+        assert page.run() == 0 and "beyond" not in page.text
+        row["ours"]["peak_extra_bytes"] = extra_bytes
+    page.add("prefill-test.json", content)
+    assert page.run() == 0 and "Peak of memory beyond the results, bytes: 512." in page.text
 
 
 def test_every_device_has_its_table(page):
