@@ -71,14 +71,10 @@ def untuned():
         yield
 
 
-def compile_share(part: int, parts: int, rows: list[tuple[str, str]]) -> None:
-    """Calls FLA once for each (case, gate), with every parts-th configuration of each kernel from `part` on."""
-    import environment as env
-    import torch
-    from cases import CASES, make_inputs
-
-    fla = env.load_fla()
-    shapes = {shape.name: shape for shape in CASES}
+@contextlib.contextmanager
+def share(text: str):
+    """In here every kernel compiles only its share of the configurations, "part/parts", and runs each once."""
+    part, parts = map(int, text.split("/"))
 
     def choose(configurations: list) -> list:
         return configurations[part::parts] or configurations[:1]
@@ -87,7 +83,19 @@ def compile_share(part: int, parts: int, rows: list[tuple[str, str]]) -> None:
         call()
         return NO_TIME
 
-    with replaced(choose, bench), torch.inference_mode():
+    with replaced(choose, bench):
+        yield
+
+
+def compile_cases(rows: list[tuple[str, str]]) -> None:
+    """Calls FLA once for each (case, gate) of prefill.py."""
+    import environment as env
+    import torch
+    from cases import CASES, make_inputs
+
+    fla = env.load_fla()
+    shapes = {shape.name: shape for shape in CASES}
+    with torch.inference_mode():
         for name, gate in rows:
             fla(**make_inputs(shapes[name], gate, seed=0))
             torch.cuda.synchronize()
@@ -107,18 +115,25 @@ def distinct(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return list(found.values())
 
 
-def compile_ahead(rows: list[tuple[str, str]], processes: int = PROCESSES) -> None:
-    """Compiles FLA's kernels for these (case, gate), and says how long it took.
+def command_for_cases(rows: list[tuple[str, str]]) -> list[str]:
+    """What `compile_ahead` needs for these (case, gate)."""
+    return [__file__, *(word for row in distinct(rows) for word in row)]
+
+
+def compile_ahead(command: list[str], processes: int = PROCESSES) -> None:
+    """Runs a Python program that calls FLA, several times at once with `--share PART/PARTS` behind it, and says
+    how long that took.
 
     A process that fails, or is not done after LIMIT_S, costs time later and nothing else: FLA compiles what is
     missing.
     """
-    rows, begin = distinct(rows), time.monotonic()
-    words = [word for row in rows for word in row]
+    begin = time.monotonic()
     started = [
-        subprocess.Popen([sys.executable, __file__, str(part), str(processes), *words], stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, *command, "--share", f"{part}/{processes}"], stdout=subprocess.DEVNULL
+        )
         for part in range(processes)
-    ]  # fmt: skip
+    ]
     failed = 0
     for process in started:
         try:
@@ -127,10 +142,11 @@ def compile_ahead(rows: list[tuple[str, str]], processes: int = PROCESSES) -> No
             process.kill()
             process.wait()
             failed += 1
-    text = f"FLA's kernels compiled for {len(rows)} shapes and gates in {time.monotonic() - begin:.0f} s"
+    text = f"FLA's kernels compiled ahead in {time.monotonic() - begin:.0f} s"
     print(text + f"; {failed} of {processes} processes failed" * bool(failed), flush=True)
 
 
 if __name__ == "__main__":
-    first, second, *names = sys.argv[1:]
-    compile_share(int(first), int(second), list(zip(names[::2], names[1::2], strict=True)))
+    *words, _, own_share = sys.argv[1:]
+    with share(own_share):
+        compile_cases(list(zip(words[::2], words[1::2], strict=True)))

@@ -174,7 +174,8 @@ def main() -> None:
             chosen = [
                 (row, shape) for row, shape in zip(rows, shapes, strict=True) if shape.name in options.fla
             ]
-            fla_tuning.compile_ahead([(shape.name, row["gate"]) for row, shape in chosen])
+            wanted = [(row["case"], row["gate"]) for row, _ in chosen]
+            fla_tuning.compile_ahead(fla_tuning.command_for_cases(wanted))
             print("with FLA's Triton kernels:", flush=True)
             for row, shape in chosen:
                 add_fla(row, shape, fla, cache_bytes)

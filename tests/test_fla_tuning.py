@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -139,14 +140,18 @@ def test_shares_make_up_the_whole(kernel, monkeypatch):
     for part in range(5):
         kernel.tuner.cache.clear()
         kernel.runs.clear()
-        fla_tuning.compile_share(part, 5, [("8192/H8", "strong")])
+        with fla_tuning.share(f"{part}/5"):
+            fla_tuning.compile_cases([("8192/H8", "strong")])
         seen += kernel.runs[:-1]  # the last is the call itself
     everything = [
         (config.kwargs["BLOCK"], config.num_warps, config.num_stages) for config in kernel.tuner.configs
     ]
     assert sorted(seen) == sorted(everything)
     kernel.tuner.cache.clear()
-    fla_tuning.compile_share(30, 31, [("8192/H8", "strong")])  # more parts than configurations
+    kernel.runs.clear()
+    with fla_tuning.share("30/31"):  # more parts than configurations
+        fla_tuning.compile_cases([("8192/H8", "strong")])
+    assert len(kernel.runs) == 2
 
 
 def test_what_is_compiled_anew():
@@ -178,7 +183,27 @@ def test_compile_ahead_gives_every_process_its_share(monkeypatch, capsys, fails)
             assert fails
 
     monkeypatch.setattr(fla_tuning.subprocess, "Popen", Popen)
-    fla_tuning.compile_ahead([("8192/H96", "weak"), ("8192/H96", "strong")], processes=3)
-    assert started == [[fla_tuning.__file__, str(part), "3", "8192/H96", "weak"] for part in range(3)]
-    text = capsys.readouterr().out
-    assert "1 shapes" in text and ("3 of 3 processes failed" in text) == fails
+    fla_tuning.compile_ahead(
+        fla_tuning.command_for_cases([("8192/H96", "weak"), ("8192/H96", "strong")]), processes=3
+    )
+    shares = [["--share", f"{part}/3"] for part in range(3)]
+    assert started == [[fla_tuning.__file__, "8192/H96", "weak", *words] for words in shares]
+    assert ("3 of 3 processes failed" in capsys.readouterr().out) == fails
+
+
+def test_the_program_that_compiles(monkeypatch, kernel):
+    """As compile_ahead starts it."""
+    import cases
+    import environment
+
+    monkeypatch.setattr(cases, "make_inputs", lambda shape, gate, seed: {"n": f"{shape.name} {gate}"})
+    monkeypatch.setattr(environment, "load_fla", lambda: kernel.run)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    words = ["8192/H96", "weak", "512/H32", "softplus", "--share", "0/12"]
+    monkeypatch.setattr(sys, "argv", [fla_tuning.__file__, *words])
+    runpy.run_path(fla_tuning.__file__, run_name="__main__")
+    assert list(kernel.tuner.cache) in (
+        [("8192/H96 weak",), ("512/H32 softplus",)],
+        ["8192/H96 weak", "512/H32 softplus"],
+    )
+    assert len(kernel.runs) == 4  # one configuration tried, and then the call
