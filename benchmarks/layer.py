@@ -11,7 +11,10 @@ call that fills a new cache; a decode step is one token of every sequence, its c
 Columns: median and p10..p90 of a call, the time of its matrix products alone and their share, the floor (bytes
 that any implementation moves: weights, hidden states, output, states, over the copy bandwidth of this run) and
 the call over it, launches, and the peak of memory over what is there before the call. Below it our operators
-by themselves. Writes layer-<device>.json and a plot into --out.
+by themselves. FLA's kernels are compiled by several processes at once before its turn (fla_tuning.py).
+
+layer-<device>.json in --out is written after every row, with "complete" false until the last one. The plot
+comes last; --no-plots leaves it to `plots.py`, on a machine with matplotlib.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import environment as env
+import fla_tuning
 import timing
 
 HIDDEN, HEADS, D, TAPS = 2304, 32, 128, 4
@@ -171,21 +175,19 @@ def relative_error(reference: torch.Tensor, x: torch.Tensor) -> float:
 
 
 class Measurement:
-    """One table: the implementations, what a call is, its products and its floor.
+    """One table: what a call is, its products and its floor, and a row for every implementation.
 
-    `runs[name](i)` is a call of that implementation on input set i.
+    make_call(name) is a function of the input set, 0 .. sets - 1, that calls the implementation `name`.
     """
 
-    def __init__(self, title: str, time, sets: int, floor_bytes: int, bandwidth: float):
-        self.title, self.time, self.sets = title, time, list(range(sets))
+    def __init__(self, title: str, time, sets: int, floor_bytes: int, bandwidth: float, make_call, products):
+        self.time, self.sets, self.make_call = time, list(range(sets)), make_call
         self.floor_ms = 1e3 * floor_bytes / bandwidth
         self.section = {"title": title, "floor_bytes": floor_bytes, "floor_ms": self.floor_ms, "rows": []}
+        self.section["products"] = self.time(products, self.sets).to_json()
 
-    def add_products(self, call) -> None:
-        self.section["products"] = self.time(call, self.sets).to_json()
-
-    def add(self, name: str, call) -> None:
-        products_ms = self.section["products"]["median_ms"]
+    def add(self, name: str) -> None:
+        products_ms, call = self.section["products"]["median_ms"], self.make_call(name)
         row = {"name": name}
         try:
             call(0)  # compiles what compiles at the first call
@@ -199,35 +201,41 @@ class Measurement:
             row["product_share"] = products_ms / row["time"]["median_ms"]
             row["over_floor"] = row["time"]["median_ms"] / self.floor_ms
         self.section["rows"].append(row)
+        shown = f"{row['time']['median_ms']:.4f} ms" if "time" in row else "out of memory"
+        print(f"{self.section['title']}, {LABELS[name]}: {shown}", flush=True)
 
 
-def measure_prefill(layers, tokens: int, new_cache, bandwidth: float) -> dict:
-    count = len(layers["ours"])
-    inputs = [torch.randn(1, tokens, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-    floor = prefill_floor_bytes(layers["ours"][0], tokens)
-    table = Measurement(f"prefill, {tokens} tokens", timing.time_eager, count, floor, bandwidth)
-    table.add_products(lambda i: products(layers["ours"][i], inputs[i]))
-    for name, kind in layers.items():
-        table.add(name, lambda i, kind=kind: kind[i](inputs[i], cache_params=new_cache()))
-    return table.section | {"tokens": tokens}
+def hidden_states(sequences: int, T: int) -> torch.Tensor:
+    return torch.randn(sequences, T, HIDDEN, device="cuda", dtype=torch.bfloat16)
 
 
-def measure_decode(layers, sequences: int, new_cache, bandwidth: float) -> dict:
-    count = len(layers["ours"])
+def prefill_of(layers, tokens: int, new_cache, bandwidth: float) -> Measurement:
+    ours = layers["ours"]
+    inputs = [hidden_states(1, tokens) for _ in ours]
 
-    def hidden(T: int) -> torch.Tensor:
-        return torch.randn(sequences, T, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    def make_call(name: str):
+        return lambda i: layers[name][i](inputs[i], cache_params=new_cache())
 
-    inputs = [hidden(1) for _ in range(count)]
-    floor = decode_floor_bytes(layers["ours"][0], sequences)
-    table = Measurement(f"decode, {sequences} sequences", timing.time_graph, count, floor, bandwidth)
-    table.add_products(lambda i: products(layers["ours"][i], inputs[i]))
-    for name, kind in layers.items():
-        caches = [new_cache() for _ in range(count)]
-        for layer, cache in zip(kind, caches, strict=True):
-            layer(hidden(8), cache_params=cache)
-        table.add(name, lambda i, kind=kind, caches=caches: kind[i](inputs[i], cache_params=caches[i]))
-    return table.section | {"sequences": sequences}
+    return Measurement(
+        f"prefill, {tokens} tokens", timing.time_eager, len(ours), prefill_floor_bytes(ours[0], tokens), bandwidth,
+        make_call, lambda i: products(ours[i], inputs[i]),
+    )  # fmt: skip
+
+
+def decode_of(layers, sequences: int, new_cache, bandwidth: float) -> Measurement:
+    ours = layers["ours"]
+    inputs = [hidden_states(sequences, 1) for _ in ours]
+
+    def make_call(name: str):
+        caches = [new_cache() for _ in ours]
+        for layer, cache in zip(layers[name], caches, strict=True):
+            layer(hidden_states(sequences, 8), cache_params=cache)
+        return lambda i: layers[name][i](inputs[i], cache_params=caches[i])
+
+    return Measurement(
+        f"decode, {sequences} sequences", timing.time_graph, len(ours), decode_floor_bytes(ours[0], sequences),
+        bandwidth, make_call, lambda i: products(ours[i], inputs[i]),
+    )  # fmt: skip
 
 
 def measure_operators(kernel, tokens: int, bandwidth: float) -> list[dict]:
@@ -266,9 +274,9 @@ def measure_operators(kernel, tokens: int, bandwidth: float) -> list[dict]:
     return rows
 
 
-def measure_agreement(layers, config, new_cache) -> dict[str, float]:
-    """Relative RMS error of every kind's output on 500 tokens and a step, against PyTorch in float32."""
-    x = torch.randn(2, 501, HIDDEN, device="cuda", dtype=torch.bfloat16)
+def agreement_of(layers, config, new_cache):
+    """error(name): relative RMS of a kind's output on 500 tokens and a step, against PyTorch in float32."""
+    x = hidden_states(2, 501)
 
     def run(layer, x: torch.Tensor) -> torch.Tensor:
         cache = new_cache()
@@ -277,7 +285,20 @@ def measure_agreement(layers, config, new_cache) -> dict[str, float]:
     exact = transformers_class(with_fla=False)(config, 0).cuda().eval().requires_grad_(False)
     exact.load_state_dict(layers["ours"][0].state_dict())
     wanted = run(exact, x.float())
-    return {name: relative_error(wanted, run(kind[0], x)) for name, kind in layers.items()}
+    return lambda name: relative_error(wanted, run(layers[name][0], x))
+
+
+def call_fla(tokens: int, sequences: int) -> None:
+    """Every kind of call that is measured with FLA, once, to compile its kernels."""
+    import transformers
+
+    config = make_config()
+    layer = transformers_class(with_fla=True)(config, 0).cuda().bfloat16().eval()
+    for count, lengths in ((1, (tokens,)), (2, (500, 1)), (sequences, (8, 1))):
+        cache = transformers.DynamicCache(config=config)
+        for T in lengths:
+            layer(hidden_states(count, T), cache_params=cache)
+    torch.cuda.synchronize()
 
 
 # --------------------------------------------------------------------------------------------- reporting
@@ -316,7 +337,7 @@ def print_tables(result: dict) -> None:
                 f"{row['peak_bytes'] / 2**20:.0f}", f"{time['median_ms'] / ours_ms:.2f}",
             )  # fmt: skip
         console.print(table)
-    table = Table(title=f"our operators, {result['prefill']['tokens']} tokens", title_justify="left")
+    table = Table(title=f"our operators, {result['tokens']} tokens", title_justify="left")
     for place, column in enumerate(("", "ms", "floor ms", "over floor")):
         table.add_column(column, justify="right" if place else "left")
     for row in result["operators"]:
@@ -337,11 +358,17 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--no-torch", action="store_true", help="do not measure transformers without FLA")
     parser.add_argument("--no-plots", action="store_true", help="do not draw")
     parser.add_argument("--out", type=Path, default=env.RESULTS, help="folder for the JSON file and the plot")
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # fla_tuning.compile_ahead
     return parser.parse_args(arguments)
 
 
+@torch.inference_mode()
 def main() -> None:
     options = parse_arguments()
+    if options.share:
+        with fla_tuning.share(options.share):
+            call_fla(options.tokens, options.sequences)
+        return
     kernel = env.load_kernel()
     environment = env.describe(kernel)
     environment |= {name: env.version_of(name) for name in ("transformers", "causal-conv1d")}
@@ -349,6 +376,11 @@ def main() -> None:
     bandwidth = timing.copy_bandwidth()
     torch.cuda.empty_cache()
     print(f"device-to-device copy: {bandwidth / 1e9:.0f} GB/s (bytes read and written)", flush=True)
+    result = env.Section(options.out, "layer", environment)
+    result.save(
+        copy_bytes_per_s=bandwidth, tokens=options.tokens, sequences=options.sequences,
+        operators=measure_operators(kernel, options.tokens, bandwidth),
+    )  # fmt: skip
 
     import transformers
 
@@ -362,21 +394,27 @@ def main() -> None:
     def new_cache():
         return transformers.DynamicCache(config=config)
 
-    path = env.result_path(options.out, "layer", environment)
-    with torch.inference_mode():
-        layers = make_layers(classes, kernel.layers.KimiDeltaAttention, config, count=2)
-        result = {"environment": environment, "copy_bytes_per_s": bandwidth}
-        result["errors"] = measure_agreement(layers, config, new_cache)
-        result["operators"] = measure_operators(kernel, options.tokens, bandwidth)
-        result["decode"] = measure_decode(layers, options.sequences, new_cache, bandwidth)
-        result["prefill"] = measure_prefill(layers, options.tokens, new_cache, bandwidth)
-    env.update_result(path, "layer", result)
-    print_tables(result)
-    print(f"wrote {path}")
+    layers = make_layers(classes, kernel.layers.KimiDeltaAttention, config, count=2)
+    error_of, errors = agreement_of(layers, config, new_cache), {}
+    tables = {
+        "decode": decode_of(layers, options.sequences, new_cache, bandwidth),
+        "prefill": prefill_of(layers, options.tokens, new_cache, bandwidth),
+    }
+    result.save(errors=errors, **{name: table.section for name, table in tables.items()})
+    for name in layers:
+        if name == "fla":
+            words = ["--tokens", str(options.tokens), "--sequences", str(options.sequences)]
+            fla_tuning.compile_ahead([__file__, *words])
+        errors[name] = error_of(name)
+        for table in tables.values():
+            table.add(name)
+            result.save()
+    print_tables(result.content)
+    result.finish()
     if not options.no_plots:
         import plots
 
-        for figure in plots.draw(path, options.out):
+        for figure in plots.draw(result.path, options.out):
             print(f"wrote {figure}")
 
 

@@ -46,8 +46,8 @@ def draw(result: Path, directory: Path) -> list[Path]:
         drawn += draw_prefill(content["prefill"], result.stem, directory)
     if "decode" in content:
         drawn.append(draw_decode(content["decode"], directory / f"{result.stem}-cases.svg"))
-    if "layer" in content:
-        drawn.append(draw_layer(content["layer"], directory / f"{result.stem}.svg"))
+    if parts := layer_parts(content.get("layer", {})):
+        drawn.append(draw_layer(content["layer"], parts, directory / f"{result.stem}.svg"))
     return drawn
 
 
@@ -154,13 +154,18 @@ def draw_series(content: dict, series: dict, axis: str, fixed: str, label: str, 
     return saved
 
 
-def draw_layer(content: dict, path: Path) -> Path:
+def layer_parts(content: dict) -> list[dict]:
+    """Prefill and decode of a whole layer, as far as the run came to time ours."""
+    parts = (content[name] for name in ("prefill", "decode") if name in content)
+    return [part for part in parts if any(row["name"] == "ours" and "time" in row for row in part["rows"])]
+
+
+def draw_layer(content: dict, parts: list[dict], path: Path) -> Path:
     """Time of a whole layer, prefill and decode: the matrix products, the rest, and the memory floor."""
     plt = pyplot()
     names = {"ours": "flash-kda", "fla": "transformers\nwith FLA", "torch": "transformers\nPyTorch"}
-    figure, both = plt.subplots(1, 2, figsize=(8, 2.4))
-    for axes, part in zip(both, ("prefill", "decode")):
-        section = content[part]
+    figure, every = plt.subplots(1, len(parts), figsize=(4 * len(parts), 2.4), squeeze=False)
+    for axes, section in zip(every[0], parts, strict=True):
         rows = [row for row in section["rows"] if "time" in row][::-1]
         times = {row["name"]: row["time"]["median_ms"] for row in rows}
         products = section["products"]["median_ms"]
