@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -134,6 +135,20 @@ def cpu_package(cpu_variant_dir: Path):
     from kernels import get_local_kernel
 
     return get_local_kernel(ROOT, backend="cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fla_untuned():
+    """FLA's Triton kernels run with the first of their configurations that runs: to find the fastest takes
+    minutes, and no test asks for it."""
+    if importlib.util.find_spec("fla") is None or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    sys.path.append(str(ROOT / "benchmarks"))
+    from fla_tuning import untuned
+
+    with untuned():
+        yield
 
 
 @pytest.fixture

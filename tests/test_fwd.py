@@ -1,7 +1,7 @@
 """`flash_kda.fwd` against the float64 reference, and beside flash-linear-attention's Triton `chunk_kda`.
 
-tests/gpu holds the kernel to much more. The comparison with FLA compiles and tunes its Triton kernels,
-which takes minutes the first time, and runs with FLASH_KDA_TEST_FLA=1 only.
+tests/gpu holds the kernel to much more. The comparison with FLA compiles its Triton kernels, which takes some
+ten seconds for each case the first time, and runs with FLASH_KDA_TEST_FLA=1 only.
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ CASES = {
     "no-initial-state": ("lower-strong", dict(B=2, T=300, H=4, initial_state=False)),
     "pack": ("lower-strong", dict(lengths=(512, 0, 1, 768, 63), H=4)),
 }
+# Heads and gates as in tests/gpu/test_fla.py: FLA's kernels are compiled anew for others.
+FLA_CASES = {
+    "batch": ("lower-strong", dict(B=2, T=2048, H=4)),
+    "softplus-grouped-heads": ("softplus-init", dict(B=1, T=1000, H=2, HV=4)),
+    "pack": CASES["pack"],
+}
 
 
-def inputs_for(case: str) -> dict:
-    gate, options = CASES[case]
+def inputs_for(gate: str, options: dict) -> dict:
     options = {"initial_state": True, **options}
     if lengths := options.pop("lengths", None):
         options.update(B=1, T=sum(lengths), cu_seqlens=[0, *itertools.accumulate(lengths)])
@@ -65,7 +70,7 @@ def run_fwd(x: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_fwd_is_the_reference(kernel_package, case):
-    inputs = inputs_for(case)
+    inputs = inputs_for(*CASES[case])
     out, final_state = run_fwd(inputs)
     with torch.no_grad():
         o, state = kernel_package.reference.chunk_kda(**to_float64(inputs))
@@ -74,14 +79,14 @@ def test_fwd_is_the_reference(kernel_package, case):
 
 
 @with_fla
-@pytest.mark.parametrize("case", ["seed", "softplus", "grouped-heads", "pack"])
+@pytest.mark.parametrize("case", FLA_CASES)
 def test_fwd_beside_fla(kernel_package, case, monkeypatch):
     """The same arguments mean the same to both: each is close to the reference, and ours is no further."""
     pytest.importorskip("fla", reason="flash-linear-attention is not installed")
     monkeypatch.setenv("FLA_FLASH_KDA", "0")
     from fla.ops.kda import chunk_kda
 
-    inputs = inputs_for(case)
+    inputs = inputs_for(*FLA_CASES[case])
     ours = run_fwd(inputs)
     with torch.inference_mode():
         theirs = chunk_kda(**inputs, safe_gate=inputs["lower_bound"] is not None)

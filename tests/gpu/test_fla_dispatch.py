@@ -1,7 +1,7 @@
 """hf_layer.fla on a GPU: FLA's `chunk_kda`, layer and model on our kernel, where FLA's own backend says no.
 
-The tests of FLA's layer and model run FLA's Triton kernels around ours, which it compiles and tunes first:
-they need FLASH_KDA_TEST_FLA=1.
+The tests of FLA's layer and model run FLA's Triton kernels around ours, which it compiles first: they need
+FLASH_KDA_TEST_FLA=1.
 """
 
 from __future__ import annotations
