@@ -37,6 +37,7 @@ import fla_tuning
 import timing
 
 HIDDEN, HEADS, D, TAPS = 2304, 32, 128, 4
+TOKENS, SEQUENCES = 8192, 32
 MODELING = "transformers.models.kimi_linear.modeling_kimi_linear"
 FAST_PATHS = ("fla", "causal_conv1d")  # packages that transformers' model files take functions from
 LABELS = {"ours": "flash-kda", "fla": "transformers + FLA", "torch": "transformers, PyTorch"}
@@ -352,8 +353,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="of the prefill")
-    parser.add_argument("--sequences", type=int, default=32, help="of the decode step")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the prefill")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of the decode step")
     parser.add_argument("--no-fla", action="store_true", help="do not measure transformers with FLA")
     parser.add_argument("--no-torch", action="store_true", help="do not measure transformers without FLA")
     parser.add_argument("--no-plots", action="store_true", help="do not draw")

@@ -5,8 +5,8 @@
     (--readme FILE and --results DIR name other places)
 
 A section is what stands between the lines `<!-- results:NAME -->` and `<!-- /results -->`. NAME is "errors",
-"prefill" or "decode", a part of prefill-<device>.json or decode-<device>.json with that name; there is one
-table for every device.
+"prefill", "decode" or "layer", a part of prefill-, decode- or layer-<device>.json with that name; there is
+one table for every device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from cases import CASES, DECODE_CASES, DECODE_QUICK, QUICK, gates_of
+from layer import LABELS, SEQUENCES, TOKENS
 
 SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 NO_RESULTS = "No results are recorded. `bash scripts/gpu_check.sh` on a machine with a GPU records some."
@@ -131,7 +132,7 @@ def prefill_table(content: dict) -> list[str]:
     about = f"Copy bandwidth {content['copy_bytes_per_s'] / 1e12:.2f} TB/s; "
     about += f"host time of a call, microseconds: {host}."
     extra_bytes = [row["ours"].get("peak_extra_bytes") for row in rows]
-    if None not in extra_bytes:
+    if rows and None not in extra_bytes:
         about += f" Peak of memory beyond the results, bytes: {max(extra_bytes)}."
     return [
         f"{measured_on(content)} `{prefill_command(rows)}`{ended_early(content)}",
@@ -184,8 +185,56 @@ def decode_table(content: dict) -> list[str]:
     return [f"{measured_on(content)} {command}", about, "", *markdown(header, body)]
 
 
-TABLES = {"errors": errors_table, "prefill": prefill_table, "decode": decode_table}
-RESULTS = ("prefill-*.json", "decode-*.json")
+def layer_command(content: dict, names: set[str]) -> str:
+    """The call of layer.py that measures these implementations."""
+    words = ["python benchmarks/layer.py"]
+    for option, usual in (("tokens", TOKENS), ("sequences", SEQUENCES)):
+        if content[option] != usual:
+            words.append(f"--{option} {content[option]}")
+    return " ".join(words + [f"--no-{name}" for name in ("fla", "torch") if name not in names])
+
+
+def layer_table(content: dict) -> list[str]:
+    header = ["", "ms", "p10..p90", "products' share", "ms / floor", "launches", "peak MiB", "times ours"]
+    parts = [content[name] for name in ("prefill", "decode") if name in content]
+    body = []
+    for part in parts:
+        ours_ms = None
+        for row in part["rows"]:
+            name = f"{part['title']}: {LABELS[row['name']]}"
+            if "time" not in row:
+                body.append([name, "out of memory", *[""] * (len(header) - 2)])
+                continue
+            time = row["time"]
+            ours_ms = time["median_ms"] if row["name"] == "ours" else ours_ms
+            body.append([
+                name, milliseconds(time["median_ms"]),
+                f"{milliseconds(time['p10_ms'])}..{milliseconds(time['p90_ms'])}",
+                f"{100 * row['product_share']:.0f} %", f"{row['over_floor']:.2f}", str(row["launches"]),
+                f"{row['peak_bytes'] / 2**20:.0f}", f"{time['median_ms'] / ours_ms:.2f}" if ours_ms else "",
+            ])  # fmt: skip
+    names = {row["name"] for part in parts for row in part["rows"]}
+    products = ", ".join(f"{part['title']} {milliseconds(part['products']['median_ms'])}" for part in parts)
+    errors = ", ".join(f"{LABELS[name]} {error:.1e}" for name, error in content.get("errors", {}).items())
+    about = f"Copy bandwidth {content['copy_bytes_per_s'] / 1e12:.2f} TB/s; matrix products alone, ms: {products}."
+    about += f" Relative RMS error of the output against float32: {errors}."
+    operators = [
+        [
+            row["name"],
+            *map(milliseconds, (row["time"]["median_ms"], row["floor_ms"])),
+            f"{row['over_floor']:.2f}",
+        ]
+        for row in content["operators"]
+    ]
+    command = f"`{layer_command(content, names)}`{ended_early(content)}"
+    return [
+        f"{measured_on(content)} {command}", about, "", *markdown(header, body), "",
+        *markdown([f"our operators, {content['tokens']} tokens", "ms", "floor ms", "ms / floor"], operators),
+    ]  # fmt: skip
+
+
+TABLES = {"errors": errors_table, "prefill": prefill_table, "decode": decode_table, "layer": layer_table}
+RESULTS = ("prefill-*.json", "decode-*.json", "layer-*.json")
 
 
 def read_results(directory: Path) -> list[tuple[Path, dict]]:

@@ -3,7 +3,7 @@
 
     python scripts/fla_cases.py               both sets, FLA's Triton kernels are never started
     python scripts/fla_cases.py --set bf16    one set
-    python scripts/fla_cases.py --with-fla    also run what we hand back on FLA's kernels (takes minutes)
+    python scripts/fla_cases.py --with-fla    also run what we hand back on FLA's kernels, not tuned
 
 Set "published" has dtype and head dim as FLA's tests have them, mostly fp16 and 64. Set "bf16" has every
 case in bfloat16 with D = 128, once with and once without states. A case that our backend takes must reach
@@ -19,6 +19,7 @@ reasons) and failed. The exit status is 1 if any failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections import Counter
@@ -345,7 +346,13 @@ def main() -> None:
     os.environ.pop("FLA_FLASH_KDA", None)
     runner = Runner(options.with_fla)
     sets = {"published": published(), "bf16": in_bf16(published())}
-    with torch.inference_mode():
+    tuning = contextlib.nullcontext()
+    if options.with_fla:
+        sys.path.append(str(ROOT / "benchmarks"))
+        from fla_tuning import untuned
+
+        tuning = untuned()
+    with torch.inference_mode(), tuning:
         failed = sum(run_set(runner, name, sets[name]) for name in options.set or SETS)
     sys.exit(1 if failed else 0)
 

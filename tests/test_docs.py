@@ -232,7 +232,8 @@ def page(tmp_path, tables):
     readme.write_text(
         "# Title\n\n<!-- results:errors -->\n<!-- /results -->\n\ntext\n\n"
         "<!-- results:prefill -->\nold\n<!-- /results -->\n\n"
-        "<!-- results:decode -->\n<!-- /results -->\n\nend\n"
+        "<!-- results:decode -->\n<!-- /results -->\n\n"
+        "<!-- results:layer -->\n<!-- /results -->\n\nend\n"
     )
 
     class Page:
@@ -307,6 +308,63 @@ def test_the_table_of_decoding(page, tables):
     assert tables.decode_command(rows) == "python benchmarks/decode.py"
 
 
+def layer_results() -> dict:
+    """A result file as benchmarks/layer.py writes it."""
+
+    def row(name: str, ms: float) -> dict:
+        facts = {"peak_bytes": 3 * 2**20, "launches": 24, "product_share": 1 / ms, "over_floor": 10 * ms}
+        return {"name": name, "time": timing(ms)} | facts
+
+    def part(title: str, *rows: dict) -> dict:
+        return {"title": title, "floor_ms": 0.1, "products": timing(1.0), "rows": list(rows)}
+
+    prefill = part(
+        "prefill, 8192 tokens", row("ours", 2.0), row("fla", 7.0), {"name": "torch", "out_of_memory": True}
+    )
+    operator = {"name": "chunk_kda", "floor_ms": 0.11, "time": timing(0.22), "over_floor": 2.0}
+    section = {"environment": ENVIRONMENT, "copy_bytes_per_s": 3.01e12, "tokens": 8192, "sequences": 32}
+    section |= {"operators": [operator], "errors": {"ours": 5.6e-3, "fla": 6.9e-3}}
+    return {"layer": section | {"prefill": prefill, "decode": part("decode, 32 sequences", row("ours", 1.5))}}
+
+
+def test_the_table_of_a_layer(page):
+    page.add("layer-test.json", layer_results())
+    assert page.run() == 0
+    table = page.text.split("results:layer")[1]
+    rows = rows_of(table)
+    assert rows[2] == [
+        "prefill, 8192 tokens: flash-kda",
+        "2.000",
+        "1.800..2.200",
+        "50 %",
+        "20.00",
+        "24",
+        "3",
+        "1.00",
+    ]
+    assert [row[0] for row in rows[3:6]] == [
+        "prefill, 8192 tokens: transformers + FLA",
+        "prefill, 8192 tokens: transformers, PyTorch",
+        "decode, 32 sequences: flash-kda",
+    ]
+    assert rows[3][-1] == "3.50" and rows[4][1:3] == ["out of memory", ""]
+    assert rows[-1] == ["chunk_kda", "0.220", "0.110", "2.00"]
+    assert (
+        "flash-kda 5.6e-03, transformers + FLA 6.9e-03." in table
+        and "`python benchmarks/layer.py`\n" in table
+    )
+    content = layer_results()
+    content["layer"] |= {"complete": False, "tokens": 512}
+    del content["layer"]["prefill"]["rows"][1:], content["layer"]["errors"]["fla"]
+    page.add("layer-test.json", content)
+    assert page.run() == 0
+    assert "`python benchmarks/layer.py --tokens 512 --no-fla --no-torch` The run was ended" in page.text
+    for name in ("prefill", "decode", "errors"):
+        del content["layer"][name]
+    page.add("layer-test.json", content)
+    assert page.run() == 0 and rows_of(page.text.split("results:layer")[1])[-1][0] == "chunk_kda"
+
+
 def test_tables_without_fla(page):
     content = results()
     for section in ("errors", "prefill"):
@@ -340,6 +398,9 @@ def test_a_run_that_was_ended_early(page):
     assert page.run() == 0
     errors, prefill = page.text.split("\ntext\n")
     assert "ended" not in errors and "The run was ended before its last measurement." in prefill
+    content["prefill"]["rows"].clear()
+    page.add("prefill-test.json", content)
+    assert page.run() == 0
 
 
 def test_memory_beyond_the_results(page):
@@ -366,7 +427,7 @@ def test_every_device_has_its_table(page):
 
 def test_no_results_are_said_to_be_none(page):
     assert page.run() == 0
-    assert page.text.count("No results are recorded.") == 3 and "old" not in page.text
+    assert page.text.count("No results are recorded.") == 4 and "old" not in page.text
 
 
 def test_check_tells_a_changed_number_and_a_new_result(page, capsys):
@@ -414,4 +475,4 @@ def test_bad_sections(page, capsys, change):
     page.write(page.text.replace(*change))
     before = page.text
     assert page.run() == 1 and page.text == before
-    assert "expected the sections errors, prefill, decode" in capsys.readouterr().err
+    assert "expected the sections errors, prefill, decode, layer" in capsys.readouterr().err
