@@ -4,7 +4,8 @@
 #   bash scripts/gpu_check.sh [--out DIR] [--stages LIST] [--full] [--no-fla]
 #
 # --out DIR     where the result files and gpu_check.log go (default: benchmarks/results)
-# --stages LIST which stages run, of tests, sanitizer, errors, decode, layer, host and bench (prefill); default: all
+# --stages LIST which stages run, of tests, sanitizer, errors, decode, layer, host, dispatch (FLA's) and bench
+#               (prefill); default: all
 # --full        every benchmark case instead of six
 # --no-fla      leave flash-linear-attention out of the measurements
 # PYTHON names the interpreter (default: python3); it needs torch with CUDA, kernels, pytest and matplotlib.
@@ -14,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 out=benchmarks/results
-stages=tests,sanitizer,errors,decode,layer,host,bench
+stages=tests,sanitizer,errors,decode,layer,host,dispatch,bench
 cases=(--quick)
 fla=()
 while (($#)); do
@@ -23,14 +24,14 @@ while (($#)); do
     --stages) stages=${2:?--stages: expected a list}; shift 2 ;;
     --full) cases=(); shift ;;
     --no-fla) fla=(--no-fla); shift ;;
-    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "unknown argument: $1 (see --help)" >&2; exit 2 ;;
   esac
 done
 for stage in ${stages//,/ }; do
   case $stage in
-    tests | sanitizer | errors | decode | layer | host | bench) ;;
-    *) echo "--stages: expected some of tests, sanitizer, errors, decode, layer, host and bench, got $stage" >&2; exit 2 ;;
+    tests | sanitizer | errors | decode | layer | host | dispatch | bench) ;;
+    *) echo "--stages: expected some of tests, sanitizer, errors, decode, layer, host, dispatch and bench, got $stage" >&2; exit 2 ;;
   esac
 done
 
@@ -68,6 +69,7 @@ stage errors 240 "$python" benchmarks/errors.py --out "$out" "${fla[@]}"
 stage decode 240 "$python" benchmarks/decode.py --out "$out" "${cases[@]}" "${fla[@]}"
 stage layer 300 "$python" benchmarks/layer.py --out "$out" "${fla[@]}"
 stage host 60 "$python" benchmarks/host.py --out "$out"
+((${#fla[@]})) || stage dispatch 240 "$python" benchmarks/fla_dispatch.py --out "$out" --cases 8192/H32 512/H32
 stage bench 540 "$python" benchmarks/prefill.py --out "$out" "${cases[@]}" "${fla[@]}"
 
 echo "== summary" | tee -a "$log"
