@@ -86,9 +86,10 @@ def draw_cases(content: dict, path: Path, kind_of, marks: dict, time: str, label
     plt = pyplot()
     rows = content["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(cases) + 1.4))
-    for place, case in enumerate(cases):
-        group = [row for row in rows if row["case"] == case]
+    groups = [[row for row in rows if row["case"] == case] for case in cases]
+    height = max([0.5, *(0.09 * len(group) for group in groups)])
+    figure, axes = plt.subplots(figsize=(8, height * len(cases) + 1.4))
+    for place, group in enumerate(groups):
         for i, row in enumerate(group):
             y = place + (i - (len(group) - 1) / 2) * (0.72 / max(3, len(group)))
             mark = marks.get(kind_of(row), OTHER_MARK)
