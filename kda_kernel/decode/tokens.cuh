@@ -17,13 +17,15 @@ constexpr float kNormEpsilon = 1e-6f;
 
 using Share = float[kShare];
 
-// A vector of one token in shared memory; those over K in the order of Tile::place_of_four.
-union SharedVector {
-  float4 fours[kFours];
-  float values[kHeadDim];
-  uint2 packed_fours[kFours];         // as loaded, where that is in bf16
-  __nv_bfloat16 packed_values[kHeadDim];
+// A vector of one token in shared memory, or a part of it; those over K in the order of Tile::place_of_four.
+template <int kSize>
+union SharedPart {
+  float4 fours[kSize / 4];
+  float values[kSize];
+  uint2 packed_fours[kSize / 4];  // as loaded, where that is in bf16
+  __nv_bfloat16 packed_values[kSize];
 };
+using SharedVector = SharedPart<kHeadDim>;
 
 struct SharedTokens {
   SharedVector decay[kGroup];
@@ -48,11 +50,13 @@ __device__ __forceinline__ float load_float(const void* data, FloatKind dtype, i
                                       : __bfloat162float(static_cast<const __nv_bfloat16*>(data)[offset]);
 }
 
-__device__ __forceinline__ void store_share(SharedVector& target, const Share& x, int four) {
+template <class Vector>
+__device__ __forceinline__ void store_share(Vector& target, const Share& x, int four) {
   target.fours[four] = make_float4(x[0], x[1], x[2], x[3]);
 }
 
-__device__ __forceinline__ void read_share(Share& x, const SharedVector& source, int four) {
+template <class Vector>
+__device__ __forceinline__ void read_share(Share& x, const Vector& source, int four) {
   const float4 y = source.fours[four];
   x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
 }
@@ -60,8 +64,9 @@ __device__ __forceinline__ void read_share(Share& x, const SharedVector& source,
 // Brings a lane's share of a row to where the same lane finds it after cp_async_wait_all(): shared memory, since the
 // state on its way has taken the registers. A row may start anywhere, but only an aligned one is not waited for here;
 // `aligned`: known to be one.
-__device__ __forceinline__ void stage_share(SharedVector& target, const void* data, FloatKind dtype, int64_t offset,
-                                            int lane, bool aligned) {
+template <class Vector>
+__device__ __forceinline__ void stage_share(Vector& target, const void* data, FloatKind dtype, int64_t offset, int lane,
+                                            bool aligned) {
   if (dtype == FloatKind::kFloat32) {
     const float* const source = static_cast<const float*>(data) + offset + kShare * lane;
     const bool on_sixteen = reinterpret_cast<uintptr_t>(source) % sizeof(float4) == 0;
@@ -78,7 +83,8 @@ __device__ __forceinline__ void stage_share(SharedVector& target, const void* da
   }
 }
 
-__device__ __forceinline__ void read_staged(Share& x, const SharedVector& source, FloatKind dtype, int lane) {
+template <class Vector>
+__device__ __forceinline__ void read_staged(Share& x, const Vector& source, FloatKind dtype, int lane) {
   if (dtype == FloatKind::kFloat32) return read_share(x, source, lane);
   const uint2 y = source.packed_fours[lane];
   const float2 low = unpack_bf16(y.x), high = unpack_bf16(y.y);
@@ -122,13 +128,17 @@ __device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens&
   }
 }
 
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+  return x;
+}
+
 __device__ __forceinline__ float dot(const Share& x, const Share& y) {
   float sum = 0.0f;
 #pragma unroll
   for (int m = 0; m < kShare; ++m) sum = fmaf(x[m], y[m], sum);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  return sum;
+  return warp_sum(sum);
 }
 
 // Prefill's approximations (common/gate.cuh) will not do here: an error in the decay that leans to one side is one for
