@@ -148,15 +148,22 @@ struct DecodeBlock {
       for_channels<kPlain>(p, head, first_value, [&](const auto& channel) {
         convolve_channel<T>(channel, shared.conv, shared.exchange, shared.group, tokens, index, start, first, count);
       });
-      shared.exchange.wait_for_mixed(first / kGroup);
     }
+    int t = warp_token();
 #pragma unroll 1
-    for (int t = warp_token(); t < count;) {
-      prepare_token<T, kFused>(p, shared.group, t, opaque_tokens(), first + t, head, lane);
-      if constexpr (kFused) prepare_norm(p, shared.norm, t, lane);
+    do {
+      if (t < count) {
+        prepare_decay<T>(p, shared.group, t, lane);
+        if constexpr (kFused) prepare_norm(p, shared.norm, t, lane);
+      }
+      // only now, by all warps in their first round: what other threads convolve is on its way meanwhile
+      if constexpr (kFused) {
+        if (t < warps()) shared.exchange.wait_for_mixed(first / kGroup);
+      }
+      if (t < count) prepare_token<T, kFused>(p, shared.group, t, opaque_tokens(), first + t, head, lane);
       t += warps();
       if (t < count) stage(t, first);
-    }
+    } while (t < count);
     __syncthreads();
   }
 

@@ -174,22 +174,30 @@ __device__ __forceinline__ float activate_beta(float beta, bool apply_sigmoid, b
   return neg_eigval ? 2.0f * sigmoid(beta) : sigmoid(beta);
 }
 
-// Token `t` of the group, by the warp that staged it. With kInShared q, k and v stand in `group` already, v for good.
-template <class Tile, bool kInShared>
-__device__ __forceinline__ void prepare_token(const DecodeParams& p, SharedTokens& group, int t,
-                                              const Tokens& tokens, int32_t token, int head, int lane) {
-  const int four = Tile::place_of_four(lane);
-  Share q, k, g, dt_bias = {};
+// The decay of token `t` of the group, by the warp that staged the token; first of all.
+template <class Tile>
+__device__ __forceinline__ void prepare_decay(const DecodeParams& p, SharedTokens& group, int t, int lane) {
+  Share g, dt_bias = {};
   cp_async_wait_all();
   __syncwarp();
   read_staged(g, group.decay[t], p.g_dtype, lane);
   if (p.dt_bias) read_staged(dt_bias, group.dt_bias[t], FloatKind::kFloat32, lane);
   const float A_log = p.A_log ? __uint_as_float(group.A_log_word[t]) : 0.0f;
   activate_gate(g, dt_bias, A_log, p.gate, p.lower_bound);
+  __syncwarp();  // all have read what is overwritten now
+  store_share(group.decay[t], g, Tile::place_of_four(lane));
+}
+
+// The rest, by the same warp. With kInShared q, k and v stand in `group` already, v for good.
+template <class Tile, bool kInShared>
+__device__ __forceinline__ void prepare_token(const DecodeParams& p, SharedTokens& group, int t,
+                                              const Tokens& tokens, int32_t token, int head, int lane) {
+  const int four = Tile::place_of_four(lane);
+  Share q, k;
   if constexpr (kInShared) {
     read_share(q, group.query[t], four);
     read_share(k, group.key[t], four);
-    __syncwarp();  // all have read what is overwritten now
+    __syncwarp();
   } else {
     Share v;
     read_staged(q, group.query[t], FloatKind::kBFloat16, lane);
@@ -198,7 +206,6 @@ __device__ __forceinline__ void prepare_token(const DecodeParams& p, SharedToken
     __syncwarp();
     store_share(group.value[t], v, lane);
   }
-  store_share(group.decay[t], g, four);
 
   float query_factor = p.scale, key_factor = 1.0f;
   if (p.l2norm_qk) {
