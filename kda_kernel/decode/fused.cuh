@@ -40,8 +40,8 @@ struct SharedConv {
   SharedOwn input[kConvStreams];  // of the first token, bf16
 };
 
-// What a head's blocks tell each other: every thread sends one channel of q or k of each token to all of them, and every
-// warp the squares of its outputs. Before 9.0 there is but one block, whose own barrier will do.
+// What a head's blocks tell each other: every thread sends one channel of q or k of each token to all of them, and
+// every warp the squares of its outputs. Before 9.0 there is but one block, whose own barrier will do.
 struct HeadExchange {
   uint64_t mixed_barrier, squares_barrier;
 
@@ -111,8 +111,8 @@ __host__ __device__ __forceinline__ bool packed_taps(const Weights& x) {
   return x.dtype == FloatKind::kBFloat16 && reinterpret_cast<uintptr_t>(x.data) % sizeof(uint2) == 0;
 }
 
-// Channel `c` of a block's: its part of q's, of k's and of v's. What lies packed is staged in shared memory, ahead of the
-// state.
+// Channel `c` of a block's: its part of q's, of k's and of v's. What lies packed is staged in shared memory, ahead of
+// the state.
 template <bool kPlain>
 struct ConvChannel {
   const FusedDecodeParams& p;

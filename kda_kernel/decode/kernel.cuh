@@ -49,6 +49,7 @@ struct DecodeBlock {
 
   struct Shared {
     SharedTokens group;
+    SharedVector dt_bias[kFused ? kFusedWarps : kWarpsPerHead];  // for each warp
     std::conditional_t<kFused, SharedNorm, char> norm;
     std::conditional_t<kFused, SharedConv, char> conv;
     std::conditional_t<kFused, HeadExchange, char> exchange;
@@ -122,7 +123,7 @@ struct DecodeBlock {
 
   __device__ __forceinline__ void stage(int t, int32_t first) const {
     const Tokens here = opaque_tokens();
-    stage_token<kFused, kPlain>(p, shared.group, t, here, first + t, head, lane);
+    stage_token<kFused, kPlain>(p, shared.group, shared.dt_bias[warp], t, here, first + t, head, lane);
     if constexpr (kFused) stage_norm<kPlain>(p, shared.norm, t, here, first + t, head, first_value, lane);
   }
 
@@ -153,7 +154,7 @@ struct DecodeBlock {
 #pragma unroll 1
     do {
       if (t < count) {
-        prepare_decay<T>(p, shared.group, t, lane);
+        prepare_decay<T>(p, shared.group, shared.dt_bias[warp], t, lane);
         if constexpr (kFused) prepare_norm(p, shared.norm, t, lane);
       }
       // only now, by all warps in their first round: what other threads convolve is on its way meanwhile
@@ -175,7 +176,8 @@ struct DecodeBlock {
       const float o = Recurrence<T>::step(s, shared.group, t, warp_value(), lane);
       const bool has_output = Recurrence<T>::has_output(lane);
       if constexpr (kFused) {
-        keep_output(shared.norm, shared.exchange, t, o, has_output, value - first_value, warp_value() / kWarpValues, lane);
+        const int warp_of_head = warp_value() / kWarpValues;
+        keep_output(shared.norm, shared.exchange, t, o, has_output, value - first_value, warp_of_head, lane);
       } else if (has_output) {
         out_row(tokens, first + t)[value] = __float2bfloat16_rn(o);
       }

@@ -32,7 +32,6 @@ struct SharedTokens {
   SharedVector key[kGroup];
   SharedVector query[kGroup];
   SharedVector value[kGroup];
-  SharedVector dt_bias[kGroup];  // the head's, for each token's warp
   uint32_t beta_word[kGroup];
   uint32_t A_log_word[kGroup];
   float beta[kGroup];
@@ -107,9 +106,9 @@ __device__ __forceinline__ float from_word(uint32_t word, const void* data, Floa
   return high ? pair.y : pair.x;
 }
 
-// Token `t` of the group, by a warp. With kInShared q, k and v come from elsewhere.
+// Token `t` of the group, by a warp, which gets the head's dt_bias too. With kInShared q, k and v come from elsewhere.
 template <bool kInShared, bool kAligned>
-__device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens& group, int t,
+__device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens& group, SharedVector& dt_bias, int t,
                                             const Tokens& tokens, int32_t token, int head, int lane) {
   if constexpr (!kInShared) {
     const int qk_head = head / p.heads_per_qk;
@@ -121,7 +120,7 @@ __device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens&
                 kAligned);
   }
   stage_share(group.decay[t], p.g.data, p.g_dtype, row_offset(p.g, tokens, token, head), lane, kAligned);
-  if (p.dt_bias) stage_share(group.dt_bias[t], p.dt_bias, FloatKind::kFloat32, head * kHeadDim, lane, kAligned);
+  if (p.dt_bias) stage_share(dt_bias, p.dt_bias, FloatKind::kFloat32, head * kHeadDim, lane, kAligned);
   if (lane == 0) {
     stage_word(group.beta_word[t], p.beta.data, p.beta_dtype, row_offset(p.beta, tokens, token, head));
     if (p.A_log) stage_word(group.A_log_word[t], p.A_log, FloatKind::kFloat32, head);
@@ -176,12 +175,13 @@ __device__ __forceinline__ float activate_beta(float beta, bool apply_sigmoid, b
 
 // The decay of token `t` of the group, by the warp that staged the token; first of all.
 template <class Tile>
-__device__ __forceinline__ void prepare_decay(const DecodeParams& p, SharedTokens& group, int t, int lane) {
+__device__ __forceinline__ void prepare_decay(const DecodeParams& p, SharedTokens& group, const SharedVector& bias,
+                                              int t, int lane) {
   Share g, dt_bias = {};
   cp_async_wait_all();
   __syncwarp();
   read_staged(g, group.decay[t], p.g_dtype, lane);
-  if (p.dt_bias) read_staged(dt_bias, group.dt_bias[t], FloatKind::kFloat32, lane);
+  if (p.dt_bias) read_staged(dt_bias, bias, FloatKind::kFloat32, lane);
   const float A_log = p.A_log ? __uint_as_float(group.A_log_word[t]) : 0.0f;
   activate_gate(g, dt_bias, A_log, p.gate, p.lower_bound);
   __syncwarp();  // all have read what is overwritten now
