@@ -13,6 +13,7 @@ from .flags import attention_flags
 from .ops import device_type, kda_prefill
 
 HEAD_DIM = 128
+DEFAULT_SCALE = HEAD_DIM**-0.5
 BF16_OR_FP32 = (torch.bfloat16, torch.float32)
 QKV_DTYPES = {"cuda": (torch.bfloat16,), "cpu": BF16_OR_FP32}
 MIN_SM_MAJOR = 8
@@ -223,7 +224,7 @@ def chunk_kda(
         states = (intermediate.new_states(v, q, state_v_first, bounds),)
     kda_prefill(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state,
-        HEAD_DIM**-0.5 if scale is None else scale, lower_bound,
+        DEFAULT_SCALE if scale is None else scale, lower_bound,
         attention_flags(
             use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
             state_v_first,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import reference_decode
-from .api import HEAD_DIM, check_out, dense_fp32, reference_reason, state_layout
+from .api import DEFAULT_SCALE, HEAD_DIM, check_out, dense_fp32, reference_reason, state_layout
 from .flags import INPLACE, attention_flags
 from .ops import kda_decode
 
@@ -141,7 +141,7 @@ def fused_recurrent_kda(
     elif final_state is not None:
         rare = (final_state,)
     kda_decode(
-        q, k, v, g, beta, A_log, dt_bias, initial_state, out, HEAD_DIM**-0.5 if scale is None else scale,
+        q, k, v, g, beta, A_log, dt_bias, initial_state, out, DEFAULT_SCALE if scale is None else scale,
         lower_bound, flags, *rare,
     )  # fmt: skip
     return out, initial_state if inplace_final_state else final_state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .api import HEAD_DIM, check_out, dense_fp32, reference_reason
+from .api import DEFAULT_SCALE, check_out, dense_fp32, reference_reason
 from .decode import fused_recurrent_kda
 from .flags import attention_flags
 from .ops import kda_fused_decode
@@ -135,7 +135,7 @@ def fused_kda_decode(
         rare = (ssm_state_indices, num_accepted_tokens, cu_seqlens)
     kda_fused_decode(
         q, k, v, g, beta, gate, A_log, dt_bias, conv_state, recurrent_state, conv_weight, conv_bias, norm_weight,
-        out, HEAD_DIM**-0.5 if scale is None else scale, norm_eps, lower_bound, flags, *rare,
+        out, DEFAULT_SCALE if scale is None else scale, norm_eps, lower_bound, flags, *rare,
     )  # fmt: skip
     return out
 
