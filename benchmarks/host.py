@@ -31,9 +31,6 @@ from timing import Timing
 
 D, HEADS, SHORT = 128, 4, 16
 CALLS, ROUNDS, WARMUP_ROUNDS = 200, 15, 3
-GATE = dict(
-    lower_bound=-5.0, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True
-)
 
 
 def make_inputs(device: str) -> dict:
@@ -52,38 +49,51 @@ def make_inputs(device: str) -> dict:
 
 
 def make_calls(kernel, x: dict) -> dict:
-    """The rows: name -> (call, the name of the operator in it or None)."""
-    ops = sys.modules[f"{kernel.__name__}.ops"]
-    tokens = [x[name] for name in ("q", "k", "v", "g", "beta")]
-    given = {name: x[name] for name in ("A_log", "dt_bias", "initial_state", "cu_seqlens")}
-    gate, row = (x["A_log"], x["dt_bias"]), torch.ones(D, device=x["v"].device)
-    flags = (D**-0.5, -5.0, True, True, True, False, True)
+    """The rows: name -> (call, the name of the operator in it or None).
+
+    Keywords are written out, as callers do: to merge dictionaries of them takes Python a microsecond.
+    """
+    ops, flags = (sys.modules[f"{kernel.__name__}.{name}"] for name in ("ops", "flags"))
+    q, k, v, g, beta = (x[name] for name in ("q", "k", "v", "g", "beta"))
+    A_log, dt_bias, state, cu_seqlens = (
+        x[name] for name in ("A_log", "dt_bias", "initial_state", "cu_seqlens")
+    )
+    out, final_state, row = x["out"], x["final_state"], torch.ones(D, device=v.device)
+    prefill_flags = flags.attention_flags(True, True, True, False, True)
+    decode_flags = prefill_flags | flags.INPLACE
+    bounds = () if cu_seqlens is None else (None, None, None, cu_seqlens)
 
     def prefill():
         ops.kda_prefill(
-            *tokens, *gate, x["initial_state"], x["cu_seqlens"], x["out"], x["final_state"], *flags
-        )
+            q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, out, final_state, D**-0.5, -5.0, prefill_flags
+        )  # fmt: skip
 
     def decode():
-        ops.kda_decode(
-            *tokens, *gate, x["initial_state"], None, None, x["cu_seqlens"], x["out"], None, *flags, True
-        )
+        ops.kda_decode(q, k, v, g, beta, A_log, dt_bias, state, out, D**-0.5, -5.0, decode_flags, *bounds)
 
     def fwd():
-        kernel.fwd(
-            *tokens, D**-0.5, x["out"], *gate, -5.0, x["initial_state"], x["final_state"], x["cu_seqlens"]
-        )
+        kernel.fwd(q, k, v, g, beta, D**-0.5, out, A_log, dt_bias, -5.0, state, final_state, cu_seqlens)
 
     def chunk():
-        kernel.chunk_kda(*tokens, **given, **GATE, output_final_state=True, state_v_first=True)
+        kernel.chunk_kda(
+            q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=state, cu_seqlens=cu_seqlens,
+            lower_bound=-5.0, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, output_final_state=True, state_v_first=True,
+        )  # fmt: skip
 
     def recurrent():
-        kernel.fused_recurrent_kda(*tokens, **given, **GATE, output_final_state=True, state_v_first=True)
+        kernel.fused_recurrent_kda(
+            q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=state, cu_seqlens=cu_seqlens,
+            lower_bound=-5.0, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, output_final_state=True, state_v_first=True,
+        )  # fmt: skip
 
     def recurrent_in_place():
         kernel.fused_recurrent_kda(
-            *tokens, **given, **GATE, inplace_final_state=True, state_v_first=True, out=x["out"]
-        )
+            q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=state, cu_seqlens=cu_seqlens,
+            lower_bound=-5.0, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, inplace_final_state=True, state_v_first=True, out=out,
+        )  # fmt: skip
 
     return {
         "torch.empty": (lambda: torch.empty(D, device=row.device), None),

@@ -42,9 +42,7 @@ void kda_prefill(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& 
                  const std::optional<kda::Tensor>& dt_bias, const std::optional<kda::Tensor>& initial_state,
                  const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& out,
                  std::optional<kda::Tensor>& final_state, double scale, std::optional<double> lower_bound,
-                 bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
-                 bool allow_neg_eigval, bool state_v_first, bool portable,
-                 std::optional<kda::Tensor>& intermediate_states) {
+                 int64_t flags, std::optional<kda::Tensor>& intermediate_states) {
   using namespace kda;
   const AttentionArguments arguments{.q = q,
                                      .k = k,
@@ -57,12 +55,10 @@ void kda_prefill(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& 
                                      .out = out,
                                      .scale = scale,
                                      .lower_bound = lower_bound,
-                                     .use_gate_in_kernel = use_gate_in_kernel,
-                                     .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
-                                     .use_beta_sigmoid_in_kernel = use_beta_sigmoid_in_kernel,
-                                     .allow_neg_eigval = allow_neg_eigval};
-  const Sizes sizes = check_attention(arguments);
+                                     .flags = flags};
+  const Sizes sizes = check_attention(arguments, PORTABLE);
   const int32_t device = q.get_device_index();
+  const bool state_v_first = arguments.has(STATE_V_FIRST);
   check_state(initial_state, "initial_state", state_v_first, sizes.N, sizes.HV, device);
   check_state(final_state, "final_state", state_v_first, sizes.N, sizes.HV, device);
   check_state_dtypes(pointer(initial_state), pointer(final_state));
@@ -73,5 +69,5 @@ void kda_prefill(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& 
   params.final_state = state_tensor(final_state, state_v_first);
   params.intermediate_states = state_tensor(intermediate_states, state_v_first);
   params.num_intermediate_states = intermediate_states ? intermediate_states->size(0) * intermediate_states->size(1) : 0;
-  run_prefill(params, device, portable);
+  run_prefill(params, device, arguments.has(PORTABLE));
 }

@@ -12,15 +12,12 @@ void kda_prefill(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& 
                  const std::optional<kda::Tensor>& dt_bias, const std::optional<kda::Tensor>& initial_state,
                  const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& out,
                  std::optional<kda::Tensor>& final_state, double scale, std::optional<double> lower_bound,
-                 bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
-                 bool allow_neg_eigval, bool state_v_first, bool portable,
-                 std::optional<kda::Tensor>& intermediate_states);
+                 int64_t flags, std::optional<kda::Tensor>& intermediate_states);
 
 // The same for one or a few tokens of each sequence, with its state in place, in a pool's slots or in `final_state`.
 void kda_decode(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& v, const kda::Tensor& g,
                 const kda::Tensor& beta, const std::optional<kda::Tensor>& A_log,
-                const std::optional<kda::Tensor>& dt_bias, std::optional<kda::Tensor>& initial_state,
-                const std::optional<kda::Tensor>& state_indices, const std::optional<kda::Tensor>& num_accepted_tokens,
-                const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& out, std::optional<kda::Tensor>& final_state,
-                double scale, std::optional<double> lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel,
-                bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, bool inplace);
+                const std::optional<kda::Tensor>& dt_bias, std::optional<kda::Tensor>& initial_state, kda::Tensor& out,
+                double scale, std::optional<double> lower_bound, int64_t flags,
+                std::optional<kda::Tensor>& final_state, const std::optional<kda::Tensor>& state_indices,
+                const std::optional<kda::Tensor>& num_accepted_tokens, const std::optional<kda::Tensor>& cu_seqlens);

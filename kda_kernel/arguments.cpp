@@ -51,7 +51,7 @@ void check_gate(const AttentionArguments& x, int64_t HV, int32_t device) {
   const std::optional<double> lower_bound = x.lower_bound;
   STD_TORCH_CHECK(!lower_bound || (*lower_bound >= kMinLowerBound && *lower_bound <= 0.0),
                   "lower_bound: expected a value in [-5, 0], got ", lower_bound.value_or(0.0));
-  STD_TORCH_CHECK(!x.use_gate_in_kernel || lower_bound || A_log,
+  STD_TORCH_CHECK(!x.has(USE_GATE_IN_KERNEL) || lower_bound || A_log,
                   "A_log: expected a tensor [HV] for the softplus gate (use_gate_in_kernel without lower_bound), got None");
   if (A_log) {
     check_device(*A_log, "A_log", device);
@@ -70,7 +70,10 @@ void check_gate(const AttentionArguments& x, int64_t HV, int32_t device) {
 
 }  // namespace
 
-Sizes check_attention(const AttentionArguments& x) {
+Sizes check_attention(const AttentionArguments& x, int64_t extra_flags) {
+  const int64_t allowed = kAttentionFlags | extra_flags;
+  STD_TORCH_CHECK((x.flags & ~allowed) == 0, "flags: expected a sum of those in flags.h, at most ", allowed, ", got ",
+                  x.flags);
   const Sizes sizes = check_token_tensors(x);
   check_gate(x, sizes.HV, x.q.get_device_index());
   STD_TORCH_CHECK(sizes.T < (int64_t{1} << 31), "q: expected fewer than 2^31 tokens, got T = ", sizes.T);
@@ -81,9 +84,9 @@ Sizes check_attention(const AttentionArguments& x) {
 }
 
 AttentionParams attention_params(const AttentionArguments& x, const Sizes& sizes) {
-  const GateKind gate = !x.use_gate_in_kernel ? GateKind::kPreActivated
-                        : x.lower_bound       ? GateKind::kLowerBound
-                                              : GateKind::kSoftplus;
+  const GateKind gate = !x.has(USE_GATE_IN_KERNEL) ? GateKind::kPreActivated
+                        : x.lower_bound            ? GateKind::kLowerBound
+                                                   : GateKind::kSoftplus;
   return {.q = token_tensor(x.q),
           .k = token_tensor(x.k),
           .v = token_tensor(x.v),
@@ -106,9 +109,9 @@ AttentionParams attention_params(const AttentionArguments& x, const Sizes& sizes
           .scale = static_cast<float>(x.scale),
           .lower_bound = static_cast<float>(x.lower_bound.value_or(0.0)),
           .gate = gate,
-          .l2norm_qk = x.use_qk_l2norm_in_kernel,
-          .sigmoid_beta = x.use_beta_sigmoid_in_kernel,
-          .neg_eigval = x.allow_neg_eigval,
+          .l2norm_qk = x.has(USE_QK_L2NORM_IN_KERNEL),
+          .sigmoid_beta = x.has(USE_BETA_SIGMOID_IN_KERNEL),
+          .neg_eigval = x.has(ALLOW_NEG_EIGVAL),
           .inputs_aligned = rows_aligned(x.q) && rows_aligned(x.k) && rows_aligned(x.v) && rows_aligned(x.g),
           .out_aligned = rows_aligned(x.out)};
 }

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "flags.h"
 #include "params.h"
 #include "tensor.h"
 
@@ -27,13 +28,13 @@ struct AttentionArguments {
   const Tensor& out;
   double scale;
   std::optional<double> lower_bound;
-  bool use_gate_in_kernel;
-  bool use_qk_l2norm_in_kernel;
-  bool use_beta_sigmoid_in_kernel;
-  bool allow_neg_eigval;
+  int64_t flags;
+
+  bool has(Flag flag) const { return (flags & flag) != 0; }
 };
 
-Sizes check_attention(const AttentionArguments& x);
+// `extra_flags`: those that the operator has besides kAttentionFlags.
+Sizes check_attention(const AttentionArguments& x, int64_t extra_flags = 0);
 
 // Of checked arguments.
 AttentionParams attention_params(const AttentionArguments& x, const Sizes& sizes);

@@ -71,9 +71,9 @@ void run_decode(const DecodeParams& params, int32_t device) {
 }
 
 void run_fused_decode(const FusedDecodeParams& params, int32_t device) {
-  check_capability(device);
+  const bool clusters = check_capability(device) >= 90;
   enqueue(device, "launch of the fused decode kernel",
-          [&](cudaStream_t stream) { return launch_fused_decode(params, stream); });
+          [&](cudaStream_t stream) { return launch_fused_decode(params, stream, clusters); });
 }
 
 void run_short_conv(const ShortConvParams& params, int32_t device) {

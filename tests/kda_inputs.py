@@ -7,11 +7,29 @@ reference; `to_float64` upcasts the same (already rounded) numbers for the float
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Callable
 
 import torch
 
-__all__ = ["GATES", "activate", "conv_layout", "make_inputs", "prefix_states", "rel_rms", "to_float64"]
+__all__ = [
+    "FLAGS", "GATES", "activate", "conv_layout", "make_inputs", "operator_flags", "prefix_states", "rel_rms",
+    "to_float64",
+]  # fmt: skip
+
+# The operators' flags, as the compiler sees them.
+FLAGS_H = Path(__file__).resolve().parent.parent / "kda_kernel" / "flags.h"
+FLAGS = {
+    name: int(number)
+    for name, number in re.findall(r"^  ([A-Z0-9_]+) = (\d+),", FLAGS_H.read_text(), re.MULTILINE)
+}
+
+
+def operator_flags(inputs: dict, **others: bool) -> int:
+    """An operator's `flags` for the inputs of `make_inputs`, and those of `others` that are true."""
+    given = {name.upper(): value for name, value in inputs.items()} | others
+    return sum(number for name, number in FLAGS.items() if given.get(name))
 
 
 class _Random:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from kda_inputs import conv_layout, make_inputs
+from kda_inputs import FLAGS, conv_layout, make_inputs, operator_flags
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # flash-linear-attention 0.6.0's chunk_kda: its positional parameters with their defaults, and its
@@ -279,14 +279,22 @@ def test_kernel_call(kernel_package, fake_gpu, cu_seqlens, state_dtype, state_v_
     assert call["scale"] == 128**-0.5 and call["lower_bound"] is None
     for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens"):
         assert call[name] is kwargs[name], f"{name} was copied"
-    flags = (
-        "use_gate_in_kernel",
-        "use_qk_l2norm_in_kernel",
-        "use_beta_sigmoid_in_kernel",
-        "allow_neg_eigval",
-    )
-    assert [call[name] for name in flags] == [True, True, True, False]
-    assert call["state_v_first"] is state_v_first
+    assert call["flags"] == operator_flags(kwargs) and kwargs["state_v_first"] is state_v_first
+
+
+def test_flags_have_the_compilers_numbers(kernel_package, api):
+    flags = sys.modules[f"{kernel_package.__name__}.flags"]
+    numbers = {name: number for name, number in vars(flags).items() if name.isupper() and name != "FWD_FLAGS"}
+    assert numbers == FLAGS and sorted(FLAGS.values()) == [2**i for i in range(len(FLAGS))]
+    (default,) = (x.default_value for x in api.kda_prefill._schema.arguments if x.name == "flags")
+    assert default == flags.FWD_FLAGS
+
+
+@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("INPLACE", "PORTABLE")])
+def test_each_option_has_its_flag(kernel_package, name):
+    options = [x for x in FLAGS if x not in ("INPLACE", "PORTABLE")]
+    given = {option.lower(): option == name for option in options}
+    assert sys.modules[f"{kernel_package.__name__}.flags"].attention_flags(**given) == FLAGS[name]
 
 
 def test_kernel_writes_into_out(kernel_package, fake_gpu):
@@ -335,14 +343,8 @@ def test_fwd_call(kernel_package, fake_gpu):
     (call,) = fake_gpu
     assert all(call[name] is x for name, x in kwargs.items())
     assert call["initial_state"] is state and call["final_state"] is state and call["cu_seqlens"] is None
-    flags = (
-        "use_gate_in_kernel",
-        "use_qk_l2norm_in_kernel",
-        "use_beta_sigmoid_in_kernel",
-        "allow_neg_eigval",
-    )
-    assert [call[name] for name in flags] == [True, True, True, False]
-    assert call["state_v_first"] is True
+    names = ("USE_GATE", "USE_QK_L2NORM", "USE_BETA_SIGMOID")
+    assert call["flags"] == FLAGS["STATE_V_FIRST"] + sum(FLAGS[f"{name}_IN_KERNEL"] for name in names)
 
 
 @pytest.mark.parametrize("name", ["k", "v", "g", "beta", "out"])

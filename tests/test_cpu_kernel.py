@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kda_inputs import GATES, conv_layout, make_inputs, rel_rms, to_float64
+from kda_inputs import FLAGS, GATES, conv_layout, make_inputs, operator_flags, rel_rms, to_float64
 from torch.multiprocessing.reductions import StorageWeakRef
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +43,7 @@ def call(op, x: dict, out: torch.Tensor, final_state: torch.Tensor | None, porta
     op(
         x["q"], x["k"], x["v"], x["g"], x["beta"], x["A_log"], x["dt_bias"], x["initial_state"],
         x["cu_seqlens"], out, final_state, 128**-0.5 if x["scale"] is None else x["scale"], x["lower_bound"],
-        x["use_gate_in_kernel"], x["use_qk_l2norm_in_kernel"], x["use_beta_sigmoid_in_kernel"],
-        x["allow_neg_eigval"], x["state_v_first"], portable,
+        operator_flags(x, PORTABLE=portable),
     )  # fmt: skip
 
 
@@ -323,6 +322,19 @@ def test_bad_input(op, bad):
     with pytest.raises(RuntimeError, match=message):
         call(op, x, x["out"], x["final_state"])
     assert all(y.isnan().all() for y in results)
+
+
+@pytest.mark.parametrize(
+    "flags", [-1, FLAGS["INPLACE"], 2 * FLAGS["PORTABLE"]], ids=["negative", "decode's", "unknown"]
+)
+def test_unknown_flags_are_refused(cpu_package, op, flags):
+    x = good_call()
+    tokens = [x[name] for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")]
+    with pytest.raises(RuntimeError, match=rf"flags: expected a sum of .*, got {flags}$"):
+        op(*tokens, x["cu_seqlens"], x["out"], x["final_state"], 0.1, None, flags)
+    with pytest.raises(RuntimeError, match=r"flags: expected a sum of .*, got 64$"):
+        cpu_package.ops.kda_decode(*tokens, x["out"], 0.1, None, FLAGS["PORTABLE"])
+    assert x["out"].isnan().all() and x["final_state"].isnan().all()
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["good", "bad"])

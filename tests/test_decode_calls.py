@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from decode_inputs import decode_inputs, make_pool
-from kda_inputs import conv_layout, rel_rms
+from kda_inputs import conv_layout, operator_flags, rel_rms
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -239,14 +239,24 @@ def test_compiles_to_one_graph(cpu_package, pooled):
 # ------------------------------------------------------------------------------- on a GPU that is not there
 
 
+def recorder(operator, calls: list):
+    """A function that notes an operator's arguments by name, with its defaults."""
+    arguments = operator._schema.arguments
+
+    def record(*args):
+        defaults = {x.name: x.default_value for x in arguments[len(args) :]}
+        calls.append({**dict(zip((x.name for x in arguments), args)), **defaults})
+
+    return record
+
+
 @pytest.fixture
 def fake_gpu(cpu_package, monkeypatch):
     """Inside, tensors are fake and may be "on" CUDA device 0, an SM90; the operator's calls are recorded."""
     decode = sys.modules[cpu_package.fused_recurrent_kda.__module__]
     api = sys.modules[cpu_package.chunk_kda.__module__]
-    names = [argument.name for argument in decode.kda_decode._schema.arguments]
     calls = []
-    monkeypatch.setattr(decode, "kda_decode", lambda *args: calls.append(dict(zip(names, args, strict=True))))
+    monkeypatch.setattr(decode, "kda_decode", recorder(decode.kda_decode, calls))
     monkeypatch.setattr(api, "device_type", "cuda")
     monkeypatch.setattr(api, "_sm_major", lambda device: 9)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -276,18 +286,12 @@ def test_kernel_call_in_place(cpu_package, fake_gpu):
     assert (
         o is call["out"] and o.shape == (3, 4, 4, 128) and o.dtype == BF16 and o.is_contiguous() and o.is_cuda
     )
-    assert state is x["initial_state"] and call["final_state"] is None and call["inplace"] is True
+    assert state is x["initial_state"] and call["final_state"] is None
     assert call["state_indices"] is x["ssm_state_indices"]
     for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "num_accepted_tokens"):
         assert call[name] is x[name], f"{name} was copied"
-    assert call["scale"] == 128**-0.5 and call["lower_bound"] is None and call["state_v_first"] is True
-    flags = (
-        "use_gate_in_kernel",
-        "use_qk_l2norm_in_kernel",
-        "use_beta_sigmoid_in_kernel",
-        "allow_neg_eigval",
-    )
-    assert [call[name] for name in flags] == [True, True, True, False]
+    assert call["scale"] == 128**-0.5 and call["lower_bound"] is None
+    assert call["flags"] == operator_flags(x, INPLACE=True)
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["states", "pool"])
@@ -302,7 +306,7 @@ def test_kernel_call_with_a_final_state(cpu_package, fake_gpu, state_dtype, pool
     assert (
         call["final_state"] is final_state
         and final_state.shape == (3, 2, 128, 128)
-        and call["inplace"] is False
+        and call["flags"] == operator_flags(x)
     )
     assert call["initial_state"].dtype == final_state.dtype == (state_dtype if pooled else FP32)
     assert (call["initial_state"] is x["initial_state"]) == (pooled or state_dtype == FP32)

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from kda_inputs import make_inputs, prefix_states, rel_rms
+from kda_inputs import FLAGS, make_inputs, prefix_states, rel_rms
 
 LENGTHS = (64, 0, 1, 63, 65, 128, 200)
+K_FIRST = sum(FLAGS[f"USE_{name}_IN_KERNEL"] for name in ("GATE", "QK_L2NORM", "BETA_SIGMOID"))
 
 
 def bounds_of(lengths) -> list[int]:
@@ -52,7 +53,7 @@ def test_the_kernel_writes_no_more_than_there_is_room_for(cpu_package):
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
     operator(
         *(inputs[name] for name in names), torch.empty_like(inputs["v"]), None, 128**-0.5,
-        inputs["lower_bound"], True, True, True, False, False, False, buffer[:, :3],
+        inputs["lower_bound"], K_FIRST, buffer[:, :3],
     )  # fmt: skip
     assert torch.equal(buffer[:, :3], all_states[:, :3]) and (buffer[:, 3] == 7.0).all()
 
@@ -75,5 +76,5 @@ def test_bad_tensors(cpu_package, change, message):
     with pytest.raises(RuntimeError, match=message):
         operator(
             *(inputs[name] for name in names), torch.empty_like(inputs["v"]), None, 128**-0.5,
-            inputs["lower_bound"], True, True, True, False, False, False, states,
+            inputs["lower_bound"], K_FIRST, states,
         )  # fmt: skip

@@ -24,9 +24,7 @@ EXPORTS = ["chunk_kda", "fused_kda_decode", "fused_recurrent_kda", "fwd", "layer
 SCHEMA = (
     "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
     "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
-    "float? lower_bound, bool use_gate_in_kernel=True, bool use_qk_l2norm_in_kernel=True, "
-    "bool use_beta_sigmoid_in_kernel=True, bool allow_neg_eigval=False, bool state_v_first=True, "
-    "bool portable=False, Tensor(c!)? intermediate_states=None) -> ()"
+    "float? lower_bound, int flags=23, Tensor(c!)? intermediate_states=None) -> ()"
 )
 
 
@@ -161,11 +159,7 @@ def test_operator_fake(kernel_package, metadata):
             state,
             0.1,
             -5.0,
-            True,
-            True,
-            True,
-            False,
-            True,
+            23,
         )
         assert getattr(torch.ops, metadata.id).kda_prefill(*inputs) is None
 
@@ -173,7 +167,7 @@ def test_operator_fake(kernel_package, metadata):
 def test_operator_serves_the_devices_of_its_variant(kernel_package, metadata, backend):
     """CPU tensors are refused by the dispatcher, or reach our own checks."""
     tensor = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
-    inputs = (*[tensor] * 5, None, None, None, None, tensor, None, 0.1, None, True, True, True, False, True)
+    inputs = (*[tensor] * 5, None, None, None, None, tensor, None, 0.1, None)
     error, message = {
         "cuda": (NotImplementedError, "CPU"),
         "cpu": (RuntimeError, r"beta: expected shape \[B, T, HV\]"),

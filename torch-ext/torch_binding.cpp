@@ -5,32 +5,29 @@
 
 // D = 128. q, k [B, T, H, D], v, out [B, T, HV, D] bf16; g [B, T, HV, D], beta [B, T, HV] bf16 or fp32;
 // A_log [HV], dt_bias [HV, D] fp32; states [N, HV, K, V], or [N, HV, V, K] with state_v_first, fp32 or bf16;
-// cu_seqlens [N + 1] int32 or int64. `portable` asks for the portable kernel where a faster one exists, for tests and
-// measurements. On a CPU q, k, v and out may be fp32 too, with out in v's dtype.
+// cu_seqlens [N + 1] int32 or int64. `flags` is a sum of those in kda_kernel/flags.h; prefill's default is what fwd
+// does: gate, L2 norm and sigmoid in the kernel, V-first states. On a CPU q, k, v and out may be fp32 too, with out in
+// v's dtype. Each argument takes torch's dispatcher time: rare ones come last and have defaults.
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
-      "float? lower_bound, bool use_gate_in_kernel=True, bool use_qk_l2norm_in_kernel=True, "
-      "bool use_beta_sigmoid_in_kernel=True, bool allow_neg_eigval=False, bool state_v_first=True, "
-      "bool portable=False, Tensor(c!)? intermediate_states=None) -> ()");
+      "float? lower_bound, int flags=23, Tensor(c!)? intermediate_states=None) -> ()");
   // state_indices [N] or [N, T_max], num_accepted_tokens [N] int32 or int64; with state_indices, initial_state is
   // [slots, HV, ...], contiguous but for the first dimension. docs/decode.md says which slots are read and written.
   ops.def(
       "kda_decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
-      "Tensor(a!)? initial_state, Tensor? state_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, "
-      "Tensor(b!) out, Tensor(c!)? final_state, float scale, float? lower_bound, bool use_gate_in_kernel, "
-      "bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
-      "bool inplace) -> ()");
+      "Tensor(a!)? initial_state, Tensor(b!) out, float scale, float? lower_bound, int flags, "
+      "Tensor(c!)? final_state=None, Tensor? state_indices=None, Tensor? num_accepted_tokens=None, "
+      "Tensor? cu_seqlens=None) -> ()");
 #if !defined(CPU_KERNEL)
   // H = HV. gate as v; conv_state [N or slots, 3 * HV * D, 3 or 4], conv_weight [3 * HV * D, 4], conv_bias
   // [3 * HV * D], norm_weight [D] bf16 or fp32; recurrent_state as kda_decode's initial_state.
   ops.def(
       "kda_fused_decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor gate, Tensor? A_log, "
       "Tensor? dt_bias, Tensor(a!) conv_state, Tensor(b!) recurrent_state, Tensor conv_weight, Tensor? conv_bias, "
-      "Tensor norm_weight, Tensor? state_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor(c!) out, "
-      "float scale, float norm_eps, float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, "
-      "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first) -> ()");
+      "Tensor norm_weight, Tensor(c!) out, float scale, float norm_eps, float? lower_bound, int flags, "
+      "Tensor? state_indices=None, Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None) -> ()");
 #endif
 
   // q|k|v have C channels together: q, k, v and the results [B, T, C_i] bf16 (on a CPU fp32, too), weight [C, W] and

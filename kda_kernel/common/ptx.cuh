@@ -211,6 +211,38 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// ---- clusters, from compute capability 9.0 on -------------------------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+// The two halves of a barrier for all threads of a cluster's blocks. Orders no memory accesses but barriers' inits: to
+// order others, arriving would wait for every load that is on its way.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// This thread's barrier_init() is seen by the cluster's other blocks after they have met.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// One arrival; the phase completes when so many bytes have come as well.
+__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Four bytes to the place in a block of the cluster that `target` is in this one; they count for its barrier.
+__device__ __forceinline__ void store_in_block(int block, uint32_t target, float x, uint32_t barrier) {
+  uint32_t target_there, barrier_there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(target_there) : "r"(target), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(barrier), "r"(block));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(target_there),
+               "f"(x), "r"(barrier_there)
+               : "memory");
+}
+#endif
+
 // ---- special functions -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {

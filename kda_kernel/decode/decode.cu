@@ -20,38 +20,44 @@ int warps_per_block(const DecodeParams& p, bool v_first) {
   return heads <= kManyHeads ? kWarpsPerHead / 2 : kWarpsPerHead;
 }
 
+// `clusters`: a head's blocks are one.
 template <class Elem, bool kVFirst, bool kFused, class Params>
-cudaError_t launch(const Params& p, cudaStream_t stream) {
-  const int warps = kFused ? kWarpsPerHead : warps_per_block(p, kVFirst);
+cudaError_t launch(const Params& p, cudaStream_t stream, bool clusters) {
+  const int blocks = kFused ? (clusters ? kClusterBlocks : 1) : kWarpsPerHead / warps_per_block(p, kVFirst);
   const int64_t rows = p.num_sequences < kMaxGridRows ? p.num_sequences : kMaxGridRows;
-  const dim3 grid(p.num_heads * (kWarpsPerHead / warps), rows, (p.num_sequences + rows - 1) / rows);
-  if (is_plain(p)) {
-    kda_decode_kernel<Elem, kVFirst, kFused, true><<<grid, 32 * warps, 0, stream>>>(p);
-  } else {
-    kda_decode_kernel<Elem, kVFirst, kFused, false><<<grid, 32 * warps, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.num_heads * blocks, rows, (p.num_sequences + rows - 1) / rows);
+  config.blockDim = dim3(32 * kWarpsPerHead / blocks);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = clusters ? 1 : 0;
+  return is_plain(p) ? cudaLaunchKernelEx(&config, kda_decode_kernel<Elem, kVFirst, kFused, true>, p)
+                     : cudaLaunchKernelEx(&config, kda_decode_kernel<Elem, kVFirst, kFused, false>, p);
 }
 
 template <bool kFused, class Params>
-cudaError_t launch_for_state(const Params& p, cudaStream_t stream) {
+cudaError_t launch_for_state(const Params& p, cudaStream_t stream, bool clusters) {
   const StatePool& state = p.initial_state.data != nullptr ? p.initial_state : p.final_state;
   if (state.dtype == FloatKind::kFloat32) {
-    return state.v_first ? launch<float, true, kFused>(p, stream) : launch<float, false, kFused>(p, stream);
+    return state.v_first ? launch<float, true, kFused>(p, stream, clusters)
+                         : launch<float, false, kFused>(p, stream, clusters);
   }
-  return state.v_first ? launch<__nv_bfloat16, true, kFused>(p, stream)
-                       : launch<__nv_bfloat16, false, kFused>(p, stream);
+  return state.v_first ? launch<__nv_bfloat16, true, kFused>(p, stream, clusters)
+                       : launch<__nv_bfloat16, false, kFused>(p, stream, clusters);
 }
 
 }  // namespace
 }  // namespace decode
 
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
-  return decode::launch_for_state<false>(params, stream);
+  return decode::launch_for_state<false>(params, stream, false);
 }
 
-cudaError_t launch_fused_decode(const FusedDecodeParams& params, cudaStream_t stream) {
-  return decode::launch_for_state<true>(params, stream);
+cudaError_t launch_fused_decode(const FusedDecodeParams& params, cudaStream_t stream, bool clusters) {
+  return decode::launch_for_state<true>(params, stream, clusters);
 }
 
 }  // namespace kda

@@ -10,8 +10,7 @@ void kda_fused_decode(const kda::Tensor& q, const kda::Tensor& k, const kda::Ten
                       const kda::Tensor& beta, const kda::Tensor& gate, const std::optional<kda::Tensor>& A_log,
                       const std::optional<kda::Tensor>& dt_bias, kda::Tensor& conv_state, kda::Tensor& recurrent_state,
                       const kda::Tensor& conv_weight, const std::optional<kda::Tensor>& conv_bias,
-                      const kda::Tensor& norm_weight, const std::optional<kda::Tensor>& state_indices,
+                      const kda::Tensor& norm_weight, kda::Tensor& out, double scale, double norm_eps,
+                      std::optional<double> lower_bound, int64_t flags, const std::optional<kda::Tensor>& state_indices,
                       const std::optional<kda::Tensor>& num_accepted_tokens,
-                      const std::optional<kda::Tensor>& cu_seqlens, kda::Tensor& out, double scale, double norm_eps,
-                      std::optional<double> lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel,
-                      bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first);
+                      const std::optional<kda::Tensor>& cu_seqlens);

@@ -49,8 +49,10 @@ struct DecodeBlock {
 
   struct Shared {
     SharedTokens group;
+    SharedVector dt_bias[kFused ? kFusedWarps : kWarpsPerHead];  // for each warp
     std::conditional_t<kFused, SharedNorm, char> norm;
     std::conditional_t<kFused, SharedConv, char> conv;
+    std::conditional_t<kFused, HeadExchange, char> exchange;
   };
 
   const Params& p;
@@ -110,7 +112,7 @@ struct DecodeBlock {
 
   // The first token of a group that this warp prepares. Of a fused step's warps the first half has more of the
   // convolution.
-  __device__ __forceinline__ int warp_token() const { return kFused ? warp ^ (kWarpsPerHead / 2) : warp; }
+  __device__ __forceinline__ int warp_token() const { return kFused ? warp ^ (kFusedWarps / 2) : warp; }
 
   // Opaque, so that nothing of a row's address is kept from token to token: the state has taken the registers.
   __device__ __forceinline__ Tokens opaque_tokens() const {
@@ -121,8 +123,8 @@ struct DecodeBlock {
 
   __device__ __forceinline__ void stage(int t, int32_t first) const {
     const Tokens here = opaque_tokens();
-    stage_token<kFused, kPlain>(p, shared.group, t, here, first + t, head, lane);
-    if constexpr (kFused) stage_norm<kPlain>(p, shared.norm, t, here, first + t, head, lane);
+    stage_token<kFused, kPlain>(p, shared.group, shared.dt_bias[warp], t, here, first + t, head, lane);
+    if constexpr (kFused) stage_norm<kPlain>(p, shared.norm, t, here, first + t, head, first_value, lane);
   }
 
   // What the preparation of a group starts with, on its way to shared memory. Not to registers: a warp that waits for
@@ -131,7 +133,8 @@ struct DecodeBlock {
     if (warp_token() < group_size(first)) stage(warp_token(), first);
     if constexpr (kFused) {
       if (first == 0 && tokens.length > 0 && start.kind == RowKind::kLive) {
-        for_channels<kPlain>(p, head, [&](const auto& channel) { channel.stage(shared.conv, tokens, start.slot); });
+        for_channels<kPlain>(p, head, first_value,
+                             [&](const auto& channel) { channel.stage(shared.conv, tokens, start.slot); });
       }
     }
   }
@@ -142,18 +145,26 @@ struct DecodeBlock {
     if constexpr (kFused) {
       cp_async_wait_all();
       __syncwarp();  // inputs come by other lanes' copies
-      for_channels<kPlain>(p, head, [&](const auto& channel) {
-        convolve_channel<T>(channel, shared.conv, shared.group, tokens, index, start, first, count);
+      if (threadIdx.x == 0) shared.exchange.expect(count);
+      for_channels<kPlain>(p, head, first_value, [&](const auto& channel) {
+        convolve_channel<T>(channel, shared.conv, shared.exchange, shared.group, tokens, index, start, first, count);
       });
-      __syncthreads();
     }
+    int t = warp_token();
 #pragma unroll 1
-    for (int t = warp_token(); t < count;) {
-      prepare_token<T, kFused>(p, shared.group, t, opaque_tokens(), first + t, head, lane);
-      if constexpr (kFused) prepare_norm(p, shared.norm, t, lane);
+    do {
+      if (t < count) {
+        prepare_decay<T>(p, shared.group, shared.dt_bias[warp], t, lane);
+        if constexpr (kFused) prepare_norm(p, shared.norm, t, lane);
+      }
+      // only now, by all warps in their first round: what other threads convolve is on its way meanwhile
+      if constexpr (kFused) {
+        if (t < warps()) shared.exchange.wait_for_mixed(first / kGroup);
+      }
+      if (t < count) prepare_token<T, kFused>(p, shared.group, t, opaque_tokens(), first + t, head, lane);
       t += warps();
       if (t < count) stage(t, first);
-    }
+    } while (t < count);
     __syncthreads();
   }
 
@@ -163,22 +174,25 @@ struct DecodeBlock {
 #pragma unroll 1
     for (int t = 0; t < count; ++t) {
       const float o = Recurrence<T>::step(s, shared.group, t, warp_value(), lane);
-      if (Recurrence<T>::has_output(lane)) {
-        if constexpr (kFused) {
-          shared.norm.output[t].values[value] = o;
-        } else {
-          out_row(tokens, first + t)[value] = __float2bfloat16_rn(o);
-        }
+      const bool has_output = Recurrence<T>::has_output(lane);
+      if constexpr (kFused) {
+        const int warp_of_head = warp_value() / kWarpValues;
+        keep_output(shared.norm, shared.exchange, t, o, has_output, value - first_value, warp_of_head, lane);
+      } else if (has_output) {
+        out_row(tokens, first + t)[value] = __float2bfloat16_rn(o);
       }
       keep(s, start, first + t, first + t + 1 == tokens.length);
     }
     if constexpr (kFused) {
-      __syncthreads();
-      for (int t = warp; t < count; t += warps()) write_norm<kPlain>(p, shared.norm, t, tokens, first + t, head, lane);
+      shared.exchange.wait_for_squares(first / kGroup);
+      for (int t = warp; t < count; t += warps()) {
+        write_norm<kPlain>(p, shared.norm, t, tokens, first + t, head, first_value, lane);
+      }
     }
   }
 
   __device__ __forceinline__ void run() {
+    if constexpr (kFused) shared.exchange.begin();
     tokens = find_tokens(p, index);
     const StartSlot start = start_slot(p, index);
     stage_group(start, 0);
@@ -188,6 +202,7 @@ struct DecodeBlock {
     } else {
       T::fill(s, 0.0f);
     }
+    if constexpr (kFused) shared.exchange.wait_for_blocks();
 
     if (!kPlain && p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
       poison();

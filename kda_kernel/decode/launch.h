@@ -9,6 +9,7 @@ namespace kda {
 
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream);
 
-cudaError_t launch_fused_decode(const FusedDecodeParams& params, cudaStream_t stream);
+// `clusters`: the device has them, from compute capability 9.0 on.
+cudaError_t launch_fused_decode(const FusedDecodeParams& params, cudaStream_t stream, bool clusters);
 
 }  // namespace kda

@@ -17,20 +17,21 @@ constexpr float kNormEpsilon = 1e-6f;
 
 using Share = float[kShare];
 
-// A vector of one token in shared memory; those over K in the order of Tile::place_of_four.
-union SharedVector {
-  float4 fours[kFours];
-  float values[kHeadDim];
-  uint2 packed_fours[kFours];         // as loaded, where that is in bf16
-  __nv_bfloat16 packed_values[kHeadDim];
+// A vector of one token in shared memory, or a part of it; those over K in the order of Tile::place_of_four.
+template <int kSize>
+union SharedPart {
+  float4 fours[kSize / 4];
+  float values[kSize];
+  uint2 packed_fours[kSize / 4];  // as loaded, where that is in bf16
+  __nv_bfloat16 packed_values[kSize];
 };
+using SharedVector = SharedPart<kHeadDim>;
 
 struct SharedTokens {
   SharedVector decay[kGroup];
   SharedVector key[kGroup];
   SharedVector query[kGroup];
   SharedVector value[kGroup];
-  SharedVector dt_bias[kGroup];  // the head's, for each token's warp
   uint32_t beta_word[kGroup];
   uint32_t A_log_word[kGroup];
   float beta[kGroup];
@@ -48,11 +49,13 @@ __device__ __forceinline__ float load_float(const void* data, FloatKind dtype, i
                                       : __bfloat162float(static_cast<const __nv_bfloat16*>(data)[offset]);
 }
 
-__device__ __forceinline__ void store_share(SharedVector& target, const Share& x, int four) {
+template <class Vector>
+__device__ __forceinline__ void store_share(Vector& target, const Share& x, int four) {
   target.fours[four] = make_float4(x[0], x[1], x[2], x[3]);
 }
 
-__device__ __forceinline__ void read_share(Share& x, const SharedVector& source, int four) {
+template <class Vector>
+__device__ __forceinline__ void read_share(Share& x, const Vector& source, int four) {
   const float4 y = source.fours[four];
   x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
 }
@@ -60,8 +63,9 @@ __device__ __forceinline__ void read_share(Share& x, const SharedVector& source,
 // Brings a lane's share of a row to where the same lane finds it after cp_async_wait_all(): shared memory, since the
 // state on its way has taken the registers. A row may start anywhere, but only an aligned one is not waited for here;
 // `aligned`: known to be one.
-__device__ __forceinline__ void stage_share(SharedVector& target, const void* data, FloatKind dtype, int64_t offset,
-                                            int lane, bool aligned) {
+template <class Vector>
+__device__ __forceinline__ void stage_share(Vector& target, const void* data, FloatKind dtype, int64_t offset, int lane,
+                                            bool aligned) {
   if (dtype == FloatKind::kFloat32) {
     const float* const source = static_cast<const float*>(data) + offset + kShare * lane;
     const bool on_sixteen = reinterpret_cast<uintptr_t>(source) % sizeof(float4) == 0;
@@ -78,7 +82,8 @@ __device__ __forceinline__ void stage_share(SharedVector& target, const void* da
   }
 }
 
-__device__ __forceinline__ void read_staged(Share& x, const SharedVector& source, FloatKind dtype, int lane) {
+template <class Vector>
+__device__ __forceinline__ void read_staged(Share& x, const Vector& source, FloatKind dtype, int lane) {
   if (dtype == FloatKind::kFloat32) return read_share(x, source, lane);
   const uint2 y = source.packed_fours[lane];
   const float2 low = unpack_bf16(y.x), high = unpack_bf16(y.y);
@@ -101,9 +106,9 @@ __device__ __forceinline__ float from_word(uint32_t word, const void* data, Floa
   return high ? pair.y : pair.x;
 }
 
-// Token `t` of the group, by a warp. With kInShared q, k and v come from elsewhere.
+// Token `t` of the group, by a warp, which gets the head's dt_bias too. With kInShared q, k and v come from elsewhere.
 template <bool kInShared, bool kAligned>
-__device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens& group, int t,
+__device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens& group, SharedVector& dt_bias, int t,
                                             const Tokens& tokens, int32_t token, int head, int lane) {
   if constexpr (!kInShared) {
     const int qk_head = head / p.heads_per_qk;
@@ -115,20 +120,24 @@ __device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens&
                 kAligned);
   }
   stage_share(group.decay[t], p.g.data, p.g_dtype, row_offset(p.g, tokens, token, head), lane, kAligned);
-  if (p.dt_bias) stage_share(group.dt_bias[t], p.dt_bias, FloatKind::kFloat32, head * kHeadDim, lane, kAligned);
+  if (p.dt_bias) stage_share(dt_bias, p.dt_bias, FloatKind::kFloat32, head * kHeadDim, lane, kAligned);
   if (lane == 0) {
     stage_word(group.beta_word[t], p.beta.data, p.beta_dtype, row_offset(p.beta, tokens, token, head));
     if (p.A_log) stage_word(group.A_log_word[t], p.A_log, FloatKind::kFloat32, head);
   }
 }
 
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+  return x;
+}
+
 __device__ __forceinline__ float dot(const Share& x, const Share& y) {
   float sum = 0.0f;
 #pragma unroll
   for (int m = 0; m < kShare; ++m) sum = fmaf(x[m], y[m], sum);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  return sum;
+  return warp_sum(sum);
 }
 
 // Prefill's approximations (common/gate.cuh) will not do here: an error in the decay that leans to one side is one for
@@ -164,22 +173,31 @@ __device__ __forceinline__ float activate_beta(float beta, bool apply_sigmoid, b
   return neg_eigval ? 2.0f * sigmoid(beta) : sigmoid(beta);
 }
 
-// Token `t` of the group, by the warp that staged it. With kInShared q, k and v stand in `group` already, v for good.
+// The decay of token `t` of the group, by the warp that staged the token; first of all.
+template <class Tile>
+__device__ __forceinline__ void prepare_decay(const DecodeParams& p, SharedTokens& group, const SharedVector& bias,
+                                              int t, int lane) {
+  Share g, dt_bias = {};
+  cp_async_wait_all();
+  __syncwarp();
+  read_staged(g, group.decay[t], p.g_dtype, lane);
+  if (p.dt_bias) read_staged(dt_bias, bias, FloatKind::kFloat32, lane);
+  const float A_log = p.A_log ? __uint_as_float(group.A_log_word[t]) : 0.0f;
+  activate_gate(g, dt_bias, A_log, p.gate, p.lower_bound);
+  __syncwarp();  // all have read what is overwritten now
+  store_share(group.decay[t], g, Tile::place_of_four(lane));
+}
+
+// The rest, by the same warp. With kInShared q, k and v stand in `group` already, v for good.
 template <class Tile, bool kInShared>
 __device__ __forceinline__ void prepare_token(const DecodeParams& p, SharedTokens& group, int t,
                                               const Tokens& tokens, int32_t token, int head, int lane) {
   const int four = Tile::place_of_four(lane);
-  Share q, k, g, dt_bias = {};
-  cp_async_wait_all();
-  __syncwarp();
-  read_staged(g, group.decay[t], p.g_dtype, lane);
-  if (p.dt_bias) read_staged(dt_bias, group.dt_bias[t], FloatKind::kFloat32, lane);
-  const float A_log = p.A_log ? __uint_as_float(group.A_log_word[t]) : 0.0f;
-  activate_gate(g, dt_bias, A_log, p.gate, p.lower_bound);
+  Share q, k;
   if constexpr (kInShared) {
     read_share(q, group.query[t], four);
     read_share(k, group.key[t], four);
-    __syncwarp();  // all have read what is overwritten now
+    __syncwarp();
   } else {
     Share v;
     read_staged(q, group.query[t], FloatKind::kBFloat16, lane);
@@ -188,7 +206,6 @@ __device__ __forceinline__ void prepare_token(const DecodeParams& p, SharedToken
     __syncwarp();
     store_share(group.value[t], v, lane);
   }
-  store_share(group.decay[t], g, four);
 
   float query_factor = p.scale, key_factor = 1.0f;
   if (p.l2norm_qk) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from decode_inputs import decode_inputs, make_pool
 from harness import DEVICE, assert_guards, guarded_out, guarded_state
-from kda_inputs import to_float64
+from kda_inputs import operator_flags, to_float64
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -34,10 +34,8 @@ def op_arguments(
     """Positional arguments of the operator `kda_decode`."""
     return (
         x["q"], x["k"], x["v"], x["g"], x["beta"], x["A_log"], x["dt_bias"],
-        x["initial_state"] if state is None else state, indices, accepted, x["cu_seqlens"], out, final_state,
-        128**-0.5 if x["scale"] is None else x["scale"], x["lower_bound"], x["use_gate_in_kernel"],
-        x["use_qk_l2norm_in_kernel"], x["use_beta_sigmoid_in_kernel"], x["allow_neg_eigval"],
-        x["state_v_first"], inplace,
+        x["initial_state"] if state is None else state, out, 128**-0.5 if x["scale"] is None else x["scale"],
+        x["lower_bound"], operator_flags(x, INPLACE=inplace), final_state, indices, accepted, x["cu_seqlens"],
     )  # fmt: skip
 
 

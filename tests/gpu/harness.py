@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from kda_inputs import make_inputs, rel_rms, to_float64
+from kda_inputs import make_inputs, operator_flags, rel_rms, to_float64
 
 DEVICE = "cuda"
 
@@ -86,20 +86,20 @@ def run_op(kernel, inputs: dict, state_dtype: torch.dtype | None = None):
 force_portable = False
 
 
-def op_arguments(inputs: dict, out: torch.Tensor, final_state: torch.Tensor | None) -> tuple:
+def op_arguments(
+    inputs: dict, out: torch.Tensor, final_state: torch.Tensor | None, portable: bool = False
+) -> tuple:
     """Positional arguments of the operator `kda_prefill`."""
     x = inputs
     scale = x["q"].shape[-1] ** -0.5 if x["scale"] is None else x["scale"]
     return (
         x["q"], x["k"], x["v"], x["g"], x["beta"], x["A_log"], x["dt_bias"], x["initial_state"],
-        x["cu_seqlens"], out, final_state, scale, x["lower_bound"], x["use_gate_in_kernel"],
-        x["use_qk_l2norm_in_kernel"], x["use_beta_sigmoid_in_kernel"], x["allow_neg_eigval"],
-        x["state_v_first"],
+        x["cu_seqlens"], out, final_state, scale, x["lower_bound"], operator_flags(x, PORTABLE=portable),
     )  # fmt: skip
 
 
 def call_op(kernel, inputs: dict, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
-    kernel.ops.kda_prefill(*op_arguments(inputs, out, final_state), portable=force_portable)
+    kernel.ops.kda_prefill(*op_arguments(inputs, out, final_state, force_portable))
 
 
 def reference(kernel, inputs: dict):

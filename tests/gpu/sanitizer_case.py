@@ -128,7 +128,7 @@ def main() -> None:
         shifted = {name: misaligned(inputs[name]) for name in ("q", "k", "v", "g", "beta")}
         o_shifted, _ = kernel.chunk_kda(**{**inputs, **shifted})
         o_portable = torch.empty_like(o)
-        kernel.ops.kda_prefill(*op_arguments(inputs, o_portable, None), portable=True)
+        kernel.ops.kda_prefill(*op_arguments(inputs, o_portable, None, portable=True))
         torch.cuda.synchronize()
         for result in (o, o_shifted, o_portable, final_state):
             if result is not None and not result.isfinite().all():

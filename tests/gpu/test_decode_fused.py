@@ -7,7 +7,7 @@ import torch
 from decode_inputs import shuffled_slots
 from fused_decode_inputs import STATES, expected_step, fused_inputs
 from harness import DEVICE, SENTINEL
-from kda_inputs import GATES
+from kda_inputs import GATES, operator_flags
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -42,10 +42,9 @@ def op_arguments(x: dict, out: torch.Tensor, indices=None, accepted=None) -> tup
     """Positional arguments of the operator `kda_fused_decode`."""
     return (
         x["q"], x["k"], x["v"], x["g"], x["beta"], x["gate"], x["A_log"], x["dt_bias"], x["conv_state"],
-        x["recurrent_state"], x["conv_weight"], x["conv_bias"], x["norm_weight"], indices, accepted,
-        x["cu_seqlens"], out, 128**-0.5 if x["scale"] is None else x["scale"], x["norm_eps"], x["lower_bound"],
-        x["use_gate_in_kernel"], x["use_qk_l2norm_in_kernel"], x["use_beta_sigmoid_in_kernel"],
-        x["allow_neg_eigval"], x["state_v_first"],
+        x["recurrent_state"], x["conv_weight"], x["conv_bias"], x["norm_weight"], out,
+        128**-0.5 if x["scale"] is None else x["scale"], x["norm_eps"], x["lower_bound"], operator_flags(x),
+        indices, accepted, x["cu_seqlens"],
     )  # fmt: skip
 
 

@@ -9,9 +9,11 @@ import torch
 from torch.autograd import forward_ad
 
 from . import intermediate, reference
+from .flags import attention_flags
 from .ops import device_type, kda_prefill
 
 HEAD_DIM = 128
+DEFAULT_SCALE = HEAD_DIM**-0.5
 BF16_OR_FP32 = (torch.bfloat16, torch.float32)
 QKV_DTYPES = {"cuda": (torch.bfloat16,), "cpu": BF16_OR_FP32}
 MIN_SM_MAJOR = 8
@@ -74,7 +76,7 @@ def fwd(
         _refuse_gradient(
             q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state
         )
-    # the operator's defaults are this call's flags: each argument given costs the dispatcher time
+    # the operator's defaults are this call's flags
     kda_prefill(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state, scale, lower_bound
     )
@@ -216,14 +218,18 @@ def chunk_kda(
         else:
             N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             final_state = v.new_empty(N, v.shape[2], HEAD_DIM, HEAD_DIM, dtype=torch.float32)
-    states = ()  # the operator's last arguments have defaults, and each that is given takes 0.2 us
+    states = ()
     if return_intermediate_states:
         bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
         states = (intermediate.new_states(v, q, state_v_first, bounds),)
     kda_prefill(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, final_state,
-        HEAD_DIM**-0.5 if scale is None else scale, lower_bound, use_gate_in_kernel, use_qk_l2norm_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, *((False, *states) if states else ()),
+        DEFAULT_SCALE if scale is None else scale, lower_bound,
+        attention_flags(
+            use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+            state_v_first,
+        ),
+        *states,
     )  # fmt: skip
     return out, final_state, *states
 
@@ -274,7 +280,7 @@ def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | N
         for x in (k, v, g, beta):
             if not isinstance(x, torch.Tensor) or not x.is_cpu:
                 return "k, v, g and beta are not all tensors on the CPU"
-    if q.dim() != 4 or v.dim() != 4 or g.dim() != 4 or q.shape[3] != HEAD_DIM or v.shape[3] != HEAD_DIM:
+    if q.ndim != 4 or v.ndim != 4 or g.ndim != 4 or q.shape[3] != HEAD_DIM or v.shape[3] != HEAD_DIM:
         return f"K and V are not both {HEAD_DIM}"
     dtypes = QKV_DTYPES[device_type]
     if q.dtype not in dtypes or k.dtype not in dtypes or v.dtype not in dtypes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import reference_decode
-from .api import HEAD_DIM, check_out, dense_fp32, reference_reason, state_layout
+from .api import DEFAULT_SCALE, HEAD_DIM, check_out, dense_fp32, reference_reason, state_layout
+from .flags import INPLACE, attention_flags
 from .ops import kda_decode
 
 
@@ -128,11 +129,20 @@ def fused_recurrent_kda(
             N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state_dtype = torch.float32 if initial_state is None else initial_state.dtype
             final_state = v.new_empty(N, v.shape[2], HEAD_DIM, HEAD_DIM, dtype=state_dtype)
+    flags = attention_flags(
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first
+    )
+    if inplace_final_state:
+        flags |= INPLACE
+    # the operator's last arguments are None by default, and each None that is given takes the dispatcher 0.1 us
+    rare = ()
+    if ssm_state_indices is not None or num_accepted_tokens is not None or cu_seqlens is not None:
+        rare = (final_state, ssm_state_indices, num_accepted_tokens, cu_seqlens)
+    elif final_state is not None:
+        rare = (final_state,)
     kda_decode(
-        q, k, v, g, beta, A_log, dt_bias, initial_state, ssm_state_indices, num_accepted_tokens, cu_seqlens,
-        out, final_state, HEAD_DIM**-0.5 if scale is None else scale, lower_bound, use_gate_in_kernel,
-        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
-        inplace_final_state,
+        q, k, v, g, beta, A_log, dt_bias, initial_state, out, DEFAULT_SCALE if scale is None else scale,
+        lower_bound, flags, *rare,
     )  # fmt: skip
     return out, initial_state if inplace_final_state else final_state
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .api import HEAD_DIM, check_out, dense_fp32, reference_reason
+from .api import DEFAULT_SCALE, check_out, dense_fp32, reference_reason
 from .decode import fused_recurrent_kda
+from .flags import attention_flags
 from .ops import kda_fused_decode
 from .reference_decode import PADDING, _start
 
@@ -126,11 +127,15 @@ def fused_kda_decode(
         dt_bias = dense_fp32(dt_bias)
     if out is None:
         out = torch.empty_like(v)
+    flags = attention_flags(
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first
+    )
+    rare = ()  # as in fused_recurrent_kda
+    if ssm_state_indices is not None or num_accepted_tokens is not None or cu_seqlens is not None:
+        rare = (ssm_state_indices, num_accepted_tokens, cu_seqlens)
     kda_fused_decode(
         q, k, v, g, beta, gate, A_log, dt_bias, conv_state, recurrent_state, conv_weight, conv_bias, norm_weight,
-        ssm_state_indices, num_accepted_tokens, cu_seqlens, out, HEAD_DIM**-0.5 if scale is None else scale,
-        norm_eps, lower_bound, use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval, state_v_first,
+        out, DEFAULT_SCALE if scale is None else scale, norm_eps, lower_bound, flags, *rare,
     )  # fmt: skip
     return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._ops import add_op_namespace_prefix, ops
+from .flags import FWD_FLAGS
 
 # The overloads themselves: no overload resolution on the host path.
 kda_prefill = ops.kda_prefill.default
@@ -35,12 +36,7 @@ def _kda_prefill_fake(
     final_state,
     scale,
     lower_bound,
-    use_gate_in_kernel=True,
-    use_qk_l2norm_in_kernel=True,
-    use_beta_sigmoid_in_kernel=True,
-    allow_neg_eigval=False,
-    state_v_first=True,
-    portable=False,
+    flags=FWD_FLAGS,
     intermediate_states=None,
 ) -> None:
     """The operator writes into out, final_state and intermediate_states and returns nothing."""
@@ -68,19 +64,14 @@ def _kda_decode_fake(
     A_log,
     dt_bias,
     initial_state,
-    state_indices,
-    num_accepted_tokens,
-    cu_seqlens,
     out,
-    final_state,
     scale,
     lower_bound,
-    use_gate_in_kernel,
-    use_qk_l2norm_in_kernel,
-    use_beta_sigmoid_in_kernel,
-    allow_neg_eigval,
-    state_v_first,
-    inplace,
+    flags,
+    final_state=None,
+    state_indices=None,
+    num_accepted_tokens=None,
+    cu_seqlens=None,
 ) -> None:
     """The operator writes into initial_state, out and final_state and returns nothing."""
 
@@ -103,18 +94,14 @@ def _kda_fused_decode_fake(
     conv_weight,
     conv_bias,
     norm_weight,
-    state_indices,
-    num_accepted_tokens,
-    cu_seqlens,
     out,
     scale,
     norm_eps,
     lower_bound,
-    use_gate_in_kernel,
-    use_qk_l2norm_in_kernel,
-    use_beta_sigmoid_in_kernel,
-    allow_neg_eigval,
-    state_v_first,
+    flags,
+    state_indices=None,
+    num_accepted_tokens=None,
+    cu_seqlens=None,
 ) -> None:
     """The operator writes into conv_state, recurrent_state and out and returns nothing."""
 

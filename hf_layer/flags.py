@@ -1,0 +1,1 @@
+../torch-ext/flash_kda/flags.py
