@@ -232,6 +232,18 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int b
                : "memory");
 }
 
+// barrier_wait() for what other blocks of the cluster have stored.
+__device__ __forceinline__ void barrier_wait_for_blocks(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
 // Four bytes to the place in a block of the cluster that `target` is in this one; they count for its barrier.
 __device__ __forceinline__ void store_in_block(int block, uint32_t target, float x, uint32_t barrier) {
   uint32_t target_there, barrier_there;

@@ -75,10 +75,10 @@ struct HeadExchange {
   }
 
   // For what has been sent of the group. The block's own results are waited for, too.
-  __device__ __forceinline__ void wait_for_mixed(int group) { barrier_wait(smem_address(&mixed_barrier), group & 1); }
+  __device__ __forceinline__ void wait_for_mixed(int group) { barrier_wait_for_blocks(smem_address(&mixed_barrier), group & 1); }
   __device__ __forceinline__ void wait_for_squares(int group) {
     __syncthreads();
-    barrier_wait(smem_address(&squares_barrier), group & 1);
+    barrier_wait_for_blocks(smem_address(&squares_barrier), group & 1);
   }
 #else
   __device__ __forceinline__ void begin() {}
