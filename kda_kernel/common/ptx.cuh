@@ -152,6 +152,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t address, const void* source
                : "memory");
 }
 
+// Has the cache line of this address brought to L2.
+__device__ __forceinline__ void prefetch_l2(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
+
 // Four bytes to shared memory, of which the first two or all come from global memory.
 __device__ __forceinline__ void cp_async_word(void* target, const void* source, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(target)), "l"(source), "r"(bytes)
@@ -201,6 +204,17 @@ __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) 
   return done != 0;
 }
 
+// The same at once, where barrier_test may wait a while.
+__device__ __forceinline__ bool barrier_peek(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   while (!barrier_test(barrier, parity)) {
   }
@@ -211,19 +225,30 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// ---- clusters, from compute capability 9.0 on -------------------------------------------------------------
+// ---- clusters of CTAs, from compute capability 9.0 on ------------------------------------------------------
 
-#if __CUDA_ARCH__ >= 900
-// The two halves of a barrier for all threads of a cluster's blocks. Orders no memory accesses but barriers' inits: to
-// order others, arriving would wait for every load that is on its way.
+// This thread's barrier_init() is seen by the cluster's other CTAs after they have met.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// The two halves of a barrier for all threads of a cluster. Orders no memory accesses but barriers' inits: to order others,
+// arriving would wait for every load and store that is on its way.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// This thread's barrier_init() is seen by the cluster's other blocks after they have met.
-__device__ __forceinline__ void fence_barrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+// The same that does order them: a CTA may leave after it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where another CTA of the cluster has what this one has at `address`.
+__device__ __forceinline__ uint32_t remote_address(uint32_t address, int cta) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(cta));
+  return remote;
 }
 
 // One arrival; the phase completes when so many bytes have come as well.
@@ -232,8 +257,14 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int b
                : "memory");
 }
 
-// barrier_wait() for what other blocks of the cluster have stored.
-__device__ __forceinline__ void barrier_wait_for_blocks(uint32_t barrier, uint32_t parity) {
+// An arrival at any CTA's barrier, named by remote_address(). It orders this thread's accesses to shared memory; at cluster
+// scope it would wait for all its stores to global memory, too (a thousand clocks), which no CTA of the cluster reads.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// barrier_wait() for what other CTAs of the cluster have stored.
+__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
     asm volatile(
@@ -244,16 +275,22 @@ __device__ __forceinline__ void barrier_wait_for_blocks(uint32_t barrier, uint32
   } while (!done);
 }
 
-// Four bytes to the place in a block of the cluster that `target` is in this one; they count for its barrier.
-__device__ __forceinline__ void store_in_block(int block, uint32_t target, float x, uint32_t barrier) {
-  uint32_t target_there, barrier_there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(target_there) : "r"(target), "r"(block));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(barrier), "r"(block));
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(target_there),
-               "f"(x), "r"(barrier_there)
+// Four bytes to the place in a CTA of the cluster that `target` is in this one; they count for its barrier.
+__device__ __forceinline__ void store_remote(int cta, uint32_t target, float x, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+                   remote_address(target, cta)),
+               "f"(x), "r"(remote_address(barrier, cta))
                : "memory");
 }
-#endif
+
+// Copies to the same place of another CTA's shared memory; the bytes count for that CTA's barrier. One thread calls; what
+// it copies has been fenced for the async proxy.
+__device__ __forceinline__ void copy_to_remote(int cta, uint32_t address, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   remote_address(address, cta)),
+               "r"(address), "r"(bytes), "r"(remote_address(barrier, cta))
+               : "memory");
+}
 
 // ---- special functions -----------------------------------------------------------------------------------
 

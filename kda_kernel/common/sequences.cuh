@@ -44,6 +44,20 @@ __device__ __forceinline__ int64_t intermediate_states_before(const SequenceBoun
   return sum;
 }
 
+// The sequence that is `rank`-th from the longest, of up to 32; of more, that of this index: then none is a large part of
+// the work. Whatever the bounds say, every sequence has one rank.
+__device__ __forceinline__ int64_t by_length(const SequenceBounds& bounds, int64_t num_sequences, int64_t rank) {
+  if (bounds.data == nullptr || num_sequences > 32) return rank;
+  const int lane = threadIdx.x % 32, count = static_cast<int>(num_sequences);
+  const int64_t length = lane < count ? sequence_bound(bounds, lane + 1) - sequence_bound(bounds, lane) : -1;
+  int longer = 0;
+  for (int other = 0; other < count; ++other) {
+    const int64_t others = __shfl_sync(~0u, length, other);
+    longer += others > length || (others == length && other < lane);
+  }
+  return __ffs(__ballot_sync(~0u, lane < count && longer == rank)) - 1;
+}
+
 __device__ __forceinline__ Sequence find_sequence(const SequenceBounds& bounds, int64_t index, int64_t num_tokens) {
   int64_t begin = 0, length = num_tokens;
   if (bounds.data != nullptr) {

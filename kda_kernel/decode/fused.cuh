@@ -66,19 +66,19 @@ struct HeadExchange {
   __device__ __forceinline__ void send_mixed(float& target, float x) {
 #pragma unroll
     for (int block = 0; block < kFusedBlocks; ++block) {
-      store_in_block(block, smem_address(&target), x, smem_address(&mixed_barrier));
+      store_remote(block, smem_address(&target), x, smem_address(&mixed_barrier));
     }
   }
   // By a warp.
   __device__ __forceinline__ void send_squares(float& target, float sum, int lane) {
-    if (lane < kFusedBlocks) store_in_block(lane, smem_address(&target), sum, smem_address(&squares_barrier));
+    if (lane < kFusedBlocks) store_remote(lane, smem_address(&target), sum, smem_address(&squares_barrier));
   }
 
   // For what has been sent of the group. The block's own results are waited for, too.
-  __device__ __forceinline__ void wait_for_mixed(int group) { barrier_wait_for_blocks(smem_address(&mixed_barrier), group & 1); }
+  __device__ __forceinline__ void wait_for_mixed(int group) { barrier_wait_for_cluster(smem_address(&mixed_barrier), group & 1); }
   __device__ __forceinline__ void wait_for_squares(int group) {
     __syncthreads();
-    barrier_wait_for_blocks(smem_address(&squares_barrier), group & 1);
+    barrier_wait_for_cluster(smem_address(&squares_barrier), group & 1);
   }
 #else
   __device__ __forceinline__ void begin() {}

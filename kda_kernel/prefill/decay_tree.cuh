@@ -20,31 +20,34 @@
 
 namespace kda::prefill {
 
-// Where a tile's factors come from and go to.
-template <class GElem>
+// Where the factors of a tile and half of the channels come from and go to.
+template <class S>
 struct TileFactors {
-  using S = Slot<GElem>;
   uint32_t slot;
-  uint32_t scratch;       // the pair's
-  uint32_t second_total;  // in it, the second tile's
+  uint32_t scratch;  // the team's
   int tile;
+  int half;
 
-  __device__ __forceinline__ uint32_t q() const { return slot + S::kQ + tile * kTileRows; }
-  __device__ __forceinline__ uint32_t k() const { return slot + S::kK + tile * kTileRows; }
-  __device__ __forceinline__ uint32_t gate() const { return slot + S::kG + tile * kTileRows; }
-  __device__ __forceinline__ uint32_t k_suf() const { return slot + S::kKsuf + tile * kTileRows; }
-  __device__ __forceinline__ uint32_t total() const { return tile == 0 ? slot + S::kTotal : second_total; }
+  // The tile's rows of a whole panel, and those of this half.
+  __device__ __forceinline__ uint32_t q_tile() const { return slot + S::kQ + tile * kTileRows; }
+  __device__ __forceinline__ uint32_t k_tile() const { return slot + S::kK + tile * kTileRows; }
+  __device__ __forceinline__ uint32_t q() const { return q_tile() + half * kHalfBytes; }
+  __device__ __forceinline__ uint32_t k() const { return k_tile() + half * kHalfBytes; }
+  __device__ __forceinline__ uint32_t gate() const { return slot + S::kG + tile * kTileRows + half * S::kKsufHalf; }
+  __device__ __forceinline__ uint32_t k_suf() const { return slot + S::kKsuf + tile * kTileRows + half * S::kKsufHalf; }
   __device__ __forceinline__ uint32_t t_inv() const { return slot + S::kTInv + tile * kPairDiagonal; }
   __device__ __forceinline__ uint32_t aqk() const { return slot + S::kAqk + tile * kPairDiagonal; }
-  // Room for sixteen bytes of a lane, `piece` 0 to 2, until T_inv and Aqk of the chunk are written.
-  __device__ __forceinline__ uint32_t parking(int piece, int lane) const {
-    const int block = piece == 0 ? 0 : piece == 1 ? kPairTile : kPairDiagonal;
-    return slot + (tile == 0 ? S::kTInv : S::kAqk) + block + pair_block_rows(lane);
-  }
   __device__ __forceinline__ uint32_t beta() const { return slot + S::kBeta + tile * kTile * 4; }
-  __device__ __forceinline__ uint32_t inverse() const { return scratch + tile * Scratch::kTileBytes; }
-  __device__ __forceinline__ uint32_t akk() const { return inverse(); }
-  __device__ __forceinline__ uint32_t norms() const { return inverse() + Scratch::kNorms; }
+  __device__ __forceinline__ uint32_t inverse() const { return scratch + (tile * kHalves + half) * kTileRows; }
+  __device__ __forceinline__ uint32_t akk() const { return scratch + tile * kHalves * kTileRows; }
+  // Room for sixteen bytes of a lane, `piece` 0 to 2, once the second half's products are made.
+  __device__ __forceinline__ uint32_t parking(int piece, int lane) const {
+    return akk() + kTileRows + piece * 512 + lane * 16;
+  }
+  __device__ __forceinline__ uint32_t norms() const { return scratch + Scratch::kNorms + tile * Scratch::kNormBytes; }
+  __device__ __forceinline__ uint32_t total(int of_tile) const {
+    return scratch + Scratch::kTotal + of_tile * kTotalBytes;
+  }
 };
 
 constexpr int kLaneLevels = 3;  // L = 1, 2, 4 across lanes
@@ -133,21 +136,21 @@ __device__ __forceinline__ void add_levels(PairSums& sums, const float (&levels)
   }
 }
 
-// The decays of a block, 1 for tokens past the end; `gate` is its tile's.
-template <GateKind kGate, class GElem>
+// The decays of a block of the half's channels, 1 for tokens past the end; `gate` and `bias` are the half's.
+template <GateKind kGate, class S>
 __device__ __forceinline__ void decay_block(float (&a)[8], uint32_t gate, int block, uint32_t bias, const GateScale& scale,
                                             int valid, int lane) {
-  constexpr int kUnitChannels = 16 / sizeof(GElem), kRowChannels = kRowBytes / sizeof(GElem);
+  constexpr int kUnitChannels = 16 / sizeof(typename S::GElem), kRowChannels = kRowBytes / sizeof(typename S::GElem);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int channel = 16 * block + 8 * h + 2 * (lane % 4);
     const float2 b = load_shared_float2(bias + channel * 4);
     const uint32_t place = gate + channel / kRowChannels * kHalfBytes +
                            swizzled(lane / 4, channel % kRowChannels / kUnitChannels) +
-                           channel % kUnitChannels * sizeof(GElem);
+                           channel % kUnitChannels * sizeof(typename S::GElem);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float2 g = sizeof(GElem) == 2 ? unpack_bf16(load_shared(place + r * kGroupRows))
+      const float2 g = sizeof(typename S::GElem) == 2 ? unpack_bf16(load_shared(place + r * kGroupRows))
                                           : load_shared_float2(place + r * kGroupRows);
       const bool inside = lane / 4 + 8 * r < valid;
       a[4 * h + 2 * r] = inside ? exp2_approx(log2_decay<kGate>(g.x, b.x, scale)) : 1.0f;
@@ -156,26 +159,25 @@ __device__ __forceinline__ void decay_block(float (&a)[8], uint32_t gate, int bl
   }
 }
 
-// Half the channels of a tile, in place.
-template <GateKind kGate, class GElem>
-__device__ __forceinline__ void decay_tree(PairSums& sums, const TileFactors<GElem>& to, int half, uint32_t bias,
+// Half the channels of a tile, in place; `bias` is the half's.
+template <GateKind kGate, class S>
+__device__ __forceinline__ void decay_tree(PairSums& sums, const TileFactors<S>& to, uint32_t bias,
                                            const GateScale& gate_scale, int valid, int lane) {
   const float2 norm[2] = {load_shared_float2(to.norms() + lane / 4 * 8),
                           load_shared_float2(to.norms() + (8 + lane / 4) * 8)};
   float levels[kLaneLevels][2][4] = {}, diagonal[2] = {};
 #pragma unroll 1
-  for (int block = half * kHalfBlocks; block < (half + 1) * kHalfBlocks; ++block) {
+  for (int block = 0; block < kHalfBlocks; ++block) {
     float q[8], k[8], pre[8], suf[8], total[8];
-    decay_block<kGate, GElem>(pre, to.gate(), block, bias, gate_scale, valid, lane);
+    decay_block<kGate, S>(pre, to.gate(), block, bias, gate_scale, valid, lane);
     // Of the lane's pair in the first group of tokens and the first unit; in the second unit 16 is flipped.
-    const uint32_t first = swizzled(lane / 4, block % kHalfBlocks * 2) + lane % 4 * 4;
+    const uint32_t first = swizzled(lane / 4, block * 2) + lane % 4 * 4;
     const auto place = [&](int i) { return (first ^ i / 2 * 16) + i % 2 * kGroupRows; };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i % 2;
-      const uint32_t in_panel = half * kHalfBytes + place(i);
-      const float2 q_pair = unpack_bf16(load_shared(to.q() + in_panel));
-      const float2 k_pair = unpack_bf16(load_shared(to.k() + in_panel));
+      const float2 q_pair = unpack_bf16(load_shared(to.q() + place(i)));
+      const float2 k_pair = unpack_bf16(load_shared(to.k() + place(i)));
       q[2 * i] = q_pair.x * norm[r].x;
       q[2 * i + 1] = q_pair.y * norm[r].x;
       k[2 * i] = k_pair.x * norm[r].y;
@@ -200,14 +202,15 @@ __device__ __forceinline__ void decay_tree(PairSums& sums, const TileFactors<GEl
     __syncwarp();  // every lane has its gate: Ksuf of one may cover that of another
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      store_shared(to.q() + half * kHalfBytes + place(i), q_pre[i]);
-      store_shared(to.k() + half * kHalfBytes + place(i), k_pre[i]);
-      store_shared(to.k_suf() + half * Slot<GElem>::kKsufHalf + place(i), k_suf[i]);
+      store_shared(to.q() + place(i), q_pre[i]);
+      store_shared(to.k() + place(i), k_pre[i]);
+      store_shared(to.k_suf() + place(i), k_suf[i]);
     }
     if (lane < 4) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        store_shared_float2(to.total() + total_offset(16 * block + 8 * h + 2 * lane), total[4 * h], total[4 * h + 1]);
+        store_shared_float2(to.total(to.tile) + total_offset(to.half * kHalfChannels + 16 * block + 8 * h + 2 * lane),
+                            total[4 * h], total[4 * h + 1]);
       }
     }
   }

@@ -7,11 +7,14 @@ namespace kda::prefill {
 
 struct MmaEngine {
   static constexpr bool kReadsThroughAsyncProxy = false;
+  static constexpr bool kHasClusters = false;
 
   const int lane;
 
+  template <bool kCluster>
   static __device__ __forceinline__ void take_state_registers() {}
   static __device__ __forceinline__ void take_factor_registers() {}
+  static __device__ __forceinline__ void take_load_registers() {}
 
   __device__ __forceinline__ explicit MmaEngine(int lane) : lane(lane) {}
 
@@ -68,7 +71,8 @@ struct MmaEngine {
   }
 
   __device__ __forceinline__ void wait_projected(TokenFragment&) const {}
-  __device__ __forceinline__ void wait(TokenFragment&, TokenFragment&, StateFragment&) const {}
+  template <class... Fragment>
+  __device__ __forceinline__ void wait(Fragment&...) const {}
 };
 
 }  // namespace kda::prefill

@@ -11,7 +11,7 @@
 
 namespace kda::prefill {
 
-// Shared-memory operands, made of 8 x 8 matrices. Shared memory ends below 2^18 bytes: no bit of the address needs masking.
+// Shared-memory operands, made of 8 x 8 matrices. In a cluster the address has the CTA's rank above the 18 bits that count.
 enum class Swizzle : uint64_t { kNone = 0, k128Bytes = 1 };
 
 // kLeading and kStride are bytes between matrices: unswizzled, along the summed dimension and along the other; swizzled
@@ -21,7 +21,7 @@ template <Swizzle kSwizzle, uint32_t kLeading, uint32_t kStride>
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
   constexpr uint64_t kLayout = static_cast<uint64_t>(kSwizzle) << 62 | static_cast<uint64_t>(kStride / 16) << 32 |
                                static_cast<uint64_t>(kLeading / 16) << 16;
-  return kLayout + address / 16;
+  return kLayout + (address & 0x3ffff) / 16;
 }
 
 template <class Op, int kTiles, size_t... kIndex>
@@ -48,10 +48,16 @@ __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 
 struct WgmmaEngine {
   static constexpr bool kReadsThroughAsyncProxy = true;
+  static constexpr bool kHasClusters = true;
 
-  // 256 state threads and 256 others share 65536 registers: 168 hold S, its bf16 copy and two products in flight.
-  static __device__ __forceinline__ void take_state_registers() { cutlass::arch::warpgroup_reg_alloc<168>(); }
+  // 256 state and 256 factor threads share 65536 registers; in a cluster 128, 384 and 128 load threads share 61440, 96 each
+  // at the start. S, its bf16 copy and two products in flight need 168.
+  template <bool kCluster>
+  static __device__ __forceinline__ void take_state_registers() {
+    cutlass::arch::warpgroup_reg_alloc<kCluster ? 176 : 168>();
+  }
   static __device__ __forceinline__ void take_factor_registers() { cutlass::arch::warpgroup_reg_dealloc<88>(); }
+  static __device__ __forceinline__ void take_load_registers() { cutlass::arch::warpgroup_reg_dealloc<40>(); }
 
   using Major = cute::SM90::GMMA::Major;
   using TokensOp = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
@@ -118,11 +124,11 @@ struct WgmmaEngine {
     cute::warpgroup_commit_batch();
   }
 
-  __device__ __forceinline__ void wait(TokenFragment& u, TokenFragment& o, StateFragment& s) const {
+  // Until all that has been started is done; `results` are what it gave.
+  template <class... Fragment>
+  __device__ __forceinline__ void wait(Fragment&... results) const {
     cute::warpgroup_wait<0>();
-    pin(u);
-    pin(o);
-    pin(s);
+    (pin(results), ...);
   }
 };
 

@@ -1,16 +1,17 @@
-// The factor pairs: everything of a chunk that does not depend on the state, by two warps, one per tile of 16 tokens.
+// The factor teams: everything of a chunk that does not depend on the state, by four warps, one for each tile of 16 tokens
+// and half of the channels.
 //
 // Tokens i, j, channels d, G_i = sum of the log decays from the start of i's tile through i (base 2 here), G_C at the
 // tile's end, total = exp(G_C). Inside a tile:
 //   Kpre = k exp(G)         Qpre = q exp(G)         Ksuf = k exp(G_C - G)
 //   Akk[i, j] = beta_i sum_d k_i k_j exp(G_i - G_j)   j <  i
 //   Aqk[i, j] =        sum_d q_i k_j exp(G_i - G_j)   j <= i
-// Half the channels at a time, these products are made in one of two ways, both exact to rounding:
+// Each warp makes its products in one of two ways, both exact to rounding:
 //   bounded   exp(G_i) and exp(-G_j) apart, where no exponent leaves fp32 and bf16 (scale_pairs, multiply_pairs)
 //   tree      products of decays only, for any gate (decay_tree.cuh)
-// Each warp decides for each half of its tile. Then the tiles are joined: between i of the second and j of the first the
-// products are those of Kpre_i and Qpre_i with Ksuf_j, T_inv = (I + Akk)^-1 follows by tiles, and for the state of the
-// chunk's start and end Kpre and Qpre of the second tile take the first's total, Ksuf of the first the second's.
+// Then the tiles are joined: between i of the second and j of the first the products are those of Kpre_i and Qpre_i with
+// Ksuf_j, T_inv = (I + Akk)^-1 follows by tiles, and for the state of the chunk's start and end Kpre and Qpre of the second
+// tile take the first's total, Ksuf of the first the second's.
 #pragma once
 
 #include "common/gate.cuh"
@@ -33,32 +34,29 @@ constexpr float kBoundRaw = -64.0f;
 __device__ __forceinline__ bool on_diagonal(int lane) { return lane / 8 == lane % 4; }
 __device__ __forceinline__ int diagonal_column(int lane) { return lane / 4 % 2; }
 
-// Per token the factors on q and k, with their norms: sums of squares are the diagonals of k k^T and q q^T.
-__device__ __forceinline__ void row_scales(uint32_t norms, uint32_t q, uint32_t k, float scale, bool l2norm, int lane) {
+// Per token the factor on q (tensor 0) or on k (1), with its norm: sums of squares are the diagonal of x x^T. `rows` are
+// the tile's.
+__device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int tensor, float scale, bool l2norm, int lane) {
+  const float factor = tensor == 0 ? scale : 1.0f;
+  const uint32_t place = norms + tensor * 4;
   if (!l2norm) {
-    if (lane < kTile) store_shared_float2(norms + lane * 8, scale, 1.0f);
+    if (lane < kTile) store_shared_float(place + lane * 8, factor);
     return;
   }
-  float squares[2][2][4] = {};  // [q or k][token group]: all tokens against the group's
-#pragma unroll 4
+  float squares[2][4] = {};  // [token group]: all tokens against the group's
+#pragma unroll
   for (int block = 0; block < kHalves * kHalfBlocks; ++block) {
-    const uint32_t rows = block / kHalfBlocks * kHalfBytes + block_rows(block % kHalfBlocks, lane);
+    uint32_t x[4];
+    ldmatrix_x4(x, rows + block / kHalfBlocks * kHalfBytes + block_rows(block % kHalfBlocks, lane));
 #pragma unroll
-    for (int tensor = 0; tensor < 2; ++tensor) {
-      uint32_t x[4];
-      ldmatrix_x4(x, (tensor == 0 ? q : k) + rows);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) mma_bf16(squares[tensor][r], x, x[r], x[2 + r]);
-    }
+    for (int r = 0; r < 2; ++r) mma_bf16(squares[r], x, x[r], x[2 + r]);
   }
   if (on_diagonal(lane)) {
     const int x = diagonal_column(lane);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float q_square = x ? squares[0][r][2 * r + 1] : squares[0][r][2 * r];
-      const float k_square = x ? squares[1][r][2 * r + 1] : squares[1][r][2 * r];
-      store_shared_float2(norms + (8 * r + lane / 4) * 8, scale * rsqrtf(q_square + kL2NormEpsilon),
-                          rsqrtf(k_square + kL2NormEpsilon));
+      const float square = x ? squares[r][2 * r + 1] : squares[r][2 * r];
+      store_shared_float(place + (8 * r + lane / 4) * 8, factor * rsqrtf(square + kL2NormEpsilon));
     }
   }
 }
@@ -67,11 +65,11 @@ __device__ __forceinline__ void row_scales(uint32_t norms, uint32_t q, uint32_t 
 __device__ __forceinline__ uint32_t at_token(uint32_t first, int t) { return (first ^ t % 8 * 16) + t * kRowBytes; }
 
 // G of a lane's two channels after each token; tokens past the end change nothing. `gate` is their place at token 0.
-template <GateKind kGate, class GElem>
+template <GateKind kGate, class S>
 __device__ __forceinline__ void accumulate_gate(float2 (&G)[kTile], uint32_t gate, float2 bias, const GateScale& scale,
                                                 int valid) {
   // All loads first: the tokens' activations then overlap, and only the sums form a chain.
-  if constexpr (sizeof(GElem) == 2) {
+  if constexpr (sizeof(typename S::GElem) == 2) {
     uint32_t packed[kTile];
 #pragma unroll
     for (int t = 0; t < kTile; ++t) packed[t] = load_shared(at_token(gate, t));
@@ -100,14 +98,14 @@ __device__ __forceinline__ void accumulate_gate(float2 (&G)[kTile], uint32_t gat
   }
 }
 
-// The bounded way, half the channels: a lane holds a pair of channels for all tokens and replaces in place; `pair` is its
-// place at token 0 in half a panel.
-template <class GElem>
-__device__ __forceinline__ void scale_pairs(const float2 (&G)[kTile], const TileFactors<GElem>& to, float2 total,
-                                            int half, uint32_t pair) {
-  const uint32_t q = to.q() + half * kHalfBytes + pair, k_suf = to.k_suf() + half * Slot<GElem>::kKsufHalf + pair;
+// The bounded way: a lane holds a pair of channels for all tokens and replaces in place; `pair` is its place at token 0 in
+// half a panel.
+template <class S>
+__device__ __forceinline__ void scale_pairs(const float2 (&G)[kTile], const TileFactors<S>& to, float2 total,
+                                            uint32_t pair) {
+  const uint32_t q = to.q() + pair, k_suf = to.k_suf() + pair;
   const uint32_t k_inverse = to.inverse() + pair, norms = to.norms();
-  constexpr int kFromQToK = Slot<GElem>::kK - Slot<GElem>::kQ;
+  constexpr int kFromQToK = S::kK - S::kQ;
   constexpr int kAhead = 3;  // tokens whose loads are on their way
   uint32_t k_packed[kAhead], q_packed[kAhead];
   float2 norm[kAhead];  // q, k
@@ -134,15 +132,15 @@ __device__ __forceinline__ void scale_pairs(const float2 (&G)[kTile], const Tile
   }
 }
 
-template <class GElem>
-__device__ __forceinline__ void park(const PairSums& sums, const TileFactors<GElem>& to, int lane) {
+template <class S>
+__device__ __forceinline__ void park(const PairSums& sums, const TileFactors<S>& to, int lane) {
   store_shared_float4(to.parking(0, lane), sums.group[0]);
   store_shared_float4(to.parking(1, lane), sums.group[1]);
   store_shared_float4(to.parking(2, lane), sums.across);
 }
 
-template <class GElem>
-__device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<GElem>& to, int lane) {
+template <class S>
+__device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<S>& to, int lane) {
 #pragma unroll
   for (int piece = 0; piece < 3; ++piece) {
     const float4 x = load_shared_float4(to.parking(piece, lane));
@@ -156,15 +154,15 @@ __device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<GEl
 
 // Where a lane finds its row of the A operand of a pair product in half a panel: k and q of the same eight tokens, columns
 // 0-7, then 8-15.
-template <class GElem>
-__device__ __forceinline__ uint32_t pair_rows(const TileFactors<GElem>& to, int half, int lane) {
-  return (lane / 8 % 2 ? to.q() : to.k()) + half * kHalfBytes + swizzled(lane % 8, lane / 16);
+template <class S>
+__device__ __forceinline__ uint32_t pair_rows(const TileFactors<S>& to, int half, int lane) {
+  return (lane / 8 % 2 ? to.q_tile() : to.k_tile()) + half * kHalfBytes + swizzled(lane % 8, lane / 16);
 }
 
 // Products inside a tile over half the channels: [Kpre; Qpre] of eight tokens against k exp(-G) of eight.
-template <class GElem>
-__device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors<GElem>& to, int half, int lane) {
-  const uint32_t rows = pair_rows(to, half, lane);
+template <class S>
+__device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors<S>& to, int lane) {
+  const uint32_t rows = pair_rows(to, to.half, lane);
 #pragma unroll
   for (int block = 0; block < kHalfBlocks; ++block) {
     uint32_t low[4], high[4], b[4];
@@ -230,9 +228,8 @@ __device__ __forceinline__ void invert(uint32_t t_inv, uint32_t akk, int lane) {
 // Products of the second tile's tokens with the first's: [row group][column group] of eight tokens, elements as PairSums'.
 using CrossSums = float[2][2][4];
 
-template <class GElem>
-__device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactors<GElem>& to, int lane) {
-  using S = Slot<GElem>;
+template <class S>
+__device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactors<S>& to, int lane) {
 #pragma unroll 1
   for (int half = 0; half < kHalves; ++half) {
     const uint32_t rows = pair_rows(to, half, lane);
@@ -280,9 +277,8 @@ __device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint3
 // The second tile against the first: Aqk, and the block of T_inv below the tiles' own inverses T_0 and T_1,
 //   -T_1 (Akk T_0) = -(M + (T_1 - I) M),   M = Akk + Akk (T_0 - I),
 // where what the unit diagonals give stays in fp32.
-template <class GElem>
+template <class S>
 __device__ __forceinline__ void join_inverses(const CrossSums& sums, float beta, uint32_t slot, int lane) {
-  using S = Slot<GElem>;
   uint32_t a[4], first[4], second[4];
   float m[2][4], t[2][4];  // [column group]
 #pragma unroll
@@ -313,89 +309,93 @@ __device__ __forceinline__ void join_inverses(const CrossSums& sums, float beta,
   }
 }
 
-// A tile for itself: q, k, g in the slot become Qpre, Kpre, Ksuf, total goes where it belongs, the products are returned.
-template <GateKind kGate, class GElem>
-__device__ __forceinline__ PairSums build_tile(const PrefillParams& p, const TileFactors<GElem>& to, uint32_t bias,
-                                               uint32_t gate, int valid, int warp_lane) {
-  using S = Slot<GElem>;
-  row_scales(to.norms(), to.q(), to.k(), p.scale, p.l2norm_qk, warp_lane);
-
+// Half the channels of a tile for themselves: q, k, g in the slot become Qpre, Kpre, Ksuf, the decays go to the scratch, the
+// products are returned. `meet` is called once the warp has read q, k and g.
+template <GateKind kGate, class S, class Meet>
+__device__ __forceinline__ PairSums build_half(const PrefillParams& p, const TileFactors<S>& to, uint32_t bias,
+                                               uint32_t gate, int valid, int lane, Meet meet) {
   const float bound = p.l2norm_qk ? kBoundNormalised : kBoundRaw;
-#pragma unroll 1
-  for (int half = 0;; ++half) {
-    const int lane = opaque(warp_lane);
-    const int channel = half * kHalfChannels + 2 * lane;
-    // The lane's pair of channels in its first row: fp32 rows hold half as many.
-    const uint32_t pair = lane / 4 * 16 + lane % 4 * 4;
-    const uint32_t gate_pair = half * S::kKsufHalf + (sizeof(GElem) == 2 ? pair : lane / 16 * kHalfBytes + lane % 16 * 8);
-    const float2 scale = load_shared_float2(gate);
-    const GateScale gate_scale{.input = scale.x, .output = scale.y};
-    float2 G[kTile];
-    accumulate_gate<kGate, GElem>(G, to.gate() + gate_pair, load_shared_float2(bias + channel * 4), gate_scale, valid);
-    __syncwarp();  // the norms stand; every lane has its gate; the scratch may be written
-    PairSums sums;
-    const float2 log2_total = G[kTile - 1];
-    if (__all_sync(~0u, log2_total.x >= bound && log2_total.y >= bound)) {
-      const float2 total = {exp2_approx(log2_total.x), exp2_approx(log2_total.y)};
-      store_shared_float2(to.total() + total_offset(channel), total.x, total.y);
-      scale_pairs(G, to, total, half, pair);
-      __syncwarp();
-      multiply_pairs(sums, to, half, lane);
-    } else {
-      decay_tree<kGate, GElem>(sums, to, half, bias, gate_scale, valid, lane);
-    }
-    // The first half's sums wait in shared memory: the second half needs the registers.
-    if (half == 1) {
-      add_parked(sums, to, lane);
-      return sums;
-    }
-    park(sums, to, lane);
+  const int channel = to.half * kHalfChannels + 2 * lane;
+  // The lane's pair of channels in its first row: fp32 rows hold half as many.
+  const uint32_t pair = lane / 4 * 16 + lane % 4 * 4;
+  const uint32_t gate_pair = sizeof(typename S::GElem) == 2 ? pair : lane / 16 * kHalfBytes + lane % 16 * 8;
+  const float2 scale = load_shared_float2(gate);
+  const GateScale gate_scale{.input = scale.x, .output = scale.y};
+  float2 G[kTile];
+  accumulate_gate<kGate, S>(G, to.gate() + gate_pair, load_shared_float2(bias + channel * 4), gate_scale, valid);
+  meet();  // the norms stand, q and k have been read for them; every lane has its gate; the scratch may be written
+  PairSums sums;
+  const float2 log2_total = G[kTile - 1];
+  if (__all_sync(~0u, log2_total.x >= bound && log2_total.y >= bound)) {
+    const float2 total = {exp2_approx(log2_total.x), exp2_approx(log2_total.y)};
+    store_shared_float2(to.total(to.tile) + total_offset(channel), total.x, total.y);
+    scale_pairs(G, to, total, pair);
+    __syncwarp();
+    multiply_pairs(sums, to, lane);
+  } else {
+    decay_tree<kGate, S>(sums, to, bias + to.half * kHalfChannels * 4, gate_scale, valid, lane);
   }
+  return sums;
 }
 
-// What follows from the products, and what the two tiles of a chunk need of each other; the work between the meetings is
-// about the same for both warps.
-template <class GElem>
-__device__ __forceinline__ void join_tiles(const PairSums& sums, const TileFactors<GElem>& to, float beta, int pair,
-                                           int lane) {
-  using S = Slot<GElem>;
-  const auto meet = [&] { named_barrier_sync(1 + pair, 32 * kTiles); };
-  const uint32_t first_total = to.slot + S::kTotal;
-  CrossSums cross = {};
-  meet();  // both tiles stand, in the scratch Akk may take the place of k exp(-G), and nothing is parked any more
+// Aqk of a tile in its place, T_inv of a tile in its place, from the products of both halves of the channels.
+template <class S>
+__device__ __forceinline__ void finish_tile(PairSums& sums, const TileFactors<S>& to, float beta, int lane) {
+  add_parked(sums, to, lane);
   store_pairs(sums, beta, to.aqk(), to.akk(), lane);
   if (lane < kTile) store_shared_float(to.beta() + lane * 4, beta);
   __syncwarp();
-  // The first tile inverts, then scales its Ksuf and the second's Qpre; the second makes the products between the tiles,
-  // scales its Kpre, then inverts.
-#pragma unroll 1
-  for (int step = 0; step < 2; ++step) {
-    if (step == to.tile) {
-      invert(to.t_inv(), to.akk(), lane);
-      __syncwarp();
-    } else {
-      if (to.tile == 1) {
-        multiply_cross(cross, to, lane);
-        __syncwarp();
-      }
-#pragma unroll 1
-      for (int i = to.tile; i < 2; ++i) {
-        const uint32_t rows = i == 0 ? to.k_suf() : to.tile == 0 ? to.q() + kTileRows : to.k();
-        scale_rows(rows, i == 0 ? S::kKsufHalf : kHalfBytes, i == 0 ? to.second_total : first_total, lane);
-      }
-    }
-    if (step == 0) meet();  // the products between the tiles are made, and T_inv of the first tile stands
-  }
-  if (to.tile == 1) {
-    join_inverses<GElem>(cross, beta, to.slot, lane);
-  } else {
-    __syncwarp();
+  invert(to.t_inv(), to.akk(), lane);
+}
+
+// The three panels that take the other tile's decays.
+enum Rescaled { kFirstKsuf, kSecondQ, kSecondK };
+
+template <class S>
+__device__ __forceinline__ void rescale(Rescaled what, const TileFactors<S>& to, int lane) {
+  const uint32_t rows = what == kFirstKsuf ? S::kKsuf : (what == kSecondQ ? S::kQ : S::kK) + kTileRows;
+  scale_rows(to.slot + rows, what == kFirstKsuf ? S::kKsufHalf : kHalfBytes, to.total(what == kFirstKsuf ? 1 : 0), lane);
+}
+
+// The decays of the whole chunk.
+template <class S>
+__device__ __forceinline__ void join_totals(const TileFactors<S>& to, int lane) {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 64; ++i) {
-      const uint32_t place = total_offset(2 * (lane + 32 * i));
-      const float2 first = load_shared_float2(first_total + place), second = load_shared_float2(to.second_total + place);
-      store_shared_float2(first_total + place, first.x * second.x, first.y * second.y);
+  for (int i = 0; i < kHeadDim / 64; ++i) {
+    const uint32_t place = total_offset(2 * (lane + 32 * i));
+    const float2 first = load_shared_float2(to.total(0) + place), second = load_shared_float2(to.total(1) + place);
+    store_shared_float2(to.slot + S::kTotal + place, first.x * second.x, first.y * second.y);
+  }
+}
+
+// What the tiles need of each other, in two steps with a meeting between them. With four warps the second halves' have the
+// products between the tiles and what follows from them. (That they also rescale while the first halves' invert was slower.)
+template <class S, class Team>
+__device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, float beta, int lane, const Team& team) {
+  CrossSums cross = {};
+  if constexpr (S::kWholeTiles) {
+    finish_tile(sums, to, beta, lane);
+    if (to.tile == 1) multiply_cross(cross, to, lane);
+    team.meet();  // the products between the tiles are made, and T_inv of both
+    if (to.tile == 1) join_inverses<S>(cross, beta, to.slot, lane);
+#pragma unroll 1
+    for (int what = kFirstKsuf; what <= kSecondK; ++what) {
+      if ((what == kSecondK) == (to.tile == 1)) rescale(static_cast<Rescaled>(what), to, opaque(lane));
     }
+    if (to.tile == 0) join_totals(to, lane);
+  } else {
+    if (to.half == 0) {
+      finish_tile(sums, to, beta, lane);
+    } else if (to.tile == 1) {
+      multiply_cross(cross, to, lane);
+    }
+    team.meet();  // the same
+    if (to.half == 1 && to.tile == 1) {
+      join_inverses<S>(cross, beta, to.slot, lane);
+      return;
+    }
+    rescale(to.half == 1 ? kSecondQ : to.tile == 1 ? kSecondK : kFirstKsuf, to, lane);
+    if (to.half == 0 && to.tile == 0) join_totals(to, lane);
   }
 }
 
@@ -411,33 +411,101 @@ __device__ __forceinline__ float beta_value(const PrefillParams& p, uint32_t bit
   return activate_beta(beta, p.sigmoid_beta, p.neg_eigval);
 }
 
+// A chunk's factors on their way to the other CTAs that hold rows of S: those that the join leaves as they are, Qpre and
+// Kpre of the first tile and Ksuf of the second, while it goes on, and all others after it.
+enum Pieces { kEarlyPieces, kLatePieces };
+
+template <class S>
+__device__ __forceinline__ void copy_pieces(uint32_t slot, uint32_t factors_ready, Pieces which, int rank, int lane) {
+  constexpr int kLanes = S::kPieces / 2;  // each copies a tile of Q, K or Ksuf, half of the channels
+  const int panel = lane / kHalves, half = lane % kHalves, tile = (panel == 2) ^ (which == kLatePieces);
+  uint32_t place = slot + (panel == 0 ? S::kQ : panel == 1 ? S::kK : S::kKsuf) +
+                   half * (panel == 2 ? S::kKsufHalf : kHalfBytes) + tile * kTileRows;
+  int bytes = kTileRows;
+  if (lane == kLanes) {
+    place = slot + S::kTInv;
+    bytes = S::kRestBytes;
+  }
+  if (lane < kLanes + (which == kLatePieces)) {
+#pragma unroll
+    for (int part = 0; part < S::kParts; ++part) {
+      if (part != rank) copy_to_remote(part, place, bytes, factors_ready);
+    }
+  }
+  __syncwarp();
+}
+
+template <class S>
+struct Team {
+  int index;
+
+  __device__ __forceinline__ void meet() const { named_barrier_sync(1 + index, 32 * S::kTeamWarps); }
+};
+
 // kAsyncProxy: the state warps read the factors through the async proxy (wgmma), which ordinary stores reach only
 // past a fence of each writing lane.
-template <GateKind kGate, bool kAsyncProxy, class GElem>
-__device__ void factor_role(const PrefillParams& p, const SharedMap<GElem>& shared, int length, int warp) {
-  const int warp_lane = opaque(threadIdx.x % 32), pair = warp / kTiles, tile = warp % kTiles;
-  if (pair >= shared.ring.num_pairs) return;
+template <GateKind kGate, bool kAsyncProxy, class S>
+__device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, int length, int rank, int warp) {
+  const int warp_lane = opaque(threadIdx.x % 32);
+  const Team<S> team{.index = warp / S::kTeamWarps};
+  if (team.index >= shared.ring.num_teams) return;
+  const int num_ctas = S::kCluster ? shared.ring.num_ctas : 1;
+  const int first = team.index * num_ctas + rank, step = shared.ring.num_teams * num_ctas;  // chunks
   RingPosition ring{.slot = 0, .parity = 0};
-  ring.advance(pair, shared.ring.num_slots);
-  int turn = 0;  // odd and even chunks of the pair
-  for (int chunk = pair * kChunk; chunk < length; chunk += shared.ring.num_pairs * kChunk) {
+  ring.advance(first, shared.ring.num_slots);
+  for (int chunk = first * kChunk; chunk < length; chunk += step * kChunk) {
     const int lane = opaque(warp_lane);
-    const int token = chunk + tile * kTile, valid = max(0, min(length - token, kTile));
+    TileFactors<S> to{.slot = shared.slot(ring.slot),
+                      .scratch = shared.scratch(team.index),
+                      .tile = S::kWholeTiles ? warp % kTiles : warp % S::kTeamWarps / kHalves,
+                      .half = S::kWholeTiles ? 1 : warp % kHalves};
+    const int token = chunk + to.tile * kTile, valid = max(0, min(length - token, kTile));
     const uint32_t beta_bits =
         lane < valid ? load_beta_bits(p, Source::load(shared.beta()), token + lane) : 0;
+    // A team that takes more than a ring's length at a step may be two phases early, and a wait by parity takes the phase
+    // before the last for the last.
+    if (step > shared.ring.num_slots && chunk >= 2 * shared.ring.num_slots * kChunk) {
+      barrier_wait(shared.slot_free(ring.slot), ring.parity);
+    }
     await_reuse(shared, ring);
     barrier_wait(shared.raw_ready(ring.slot), ring.parity);
-    const TileFactors<GElem> to{.slot = shared.slot(ring.slot),
-                                .scratch = shared.scratch(pair),
-                                .second_total = shared.scratch(pair) + Scratch::kTotal + turn * kTotalBytes,
-                                .tile = tile};
-    const PairSums sums = build_tile<kGate>(p, to, shared.bias(), shared.gate(), valid, lane);
-    join_tiles(sums, to, lane < valid ? beta_value(p, beta_bits) : 0.0f, pair, lane);
+    const uint32_t ready = shared.factors_ready(ring.slot);
+
+    PairSums sums;
+    if constexpr (S::kWholeTiles) {
+#pragma unroll
+      for (int tensor = 0; tensor < 2; ++tensor) {
+        row_scales(to.norms(), tensor == 0 ? to.q_tile() : to.k_tile(), tensor, p.scale, p.l2norm_qk, lane);
+      }
+      // The second half first: its sums wait in shared memory, where the first's are added.
+#pragma unroll 1
+      for (;; --to.half) {
+        sums = build_half<kGate>(p, to, shared.bias(), shared.gate(), valid, opaque(lane), [] { __syncwarp(); });
+        if (to.half == 0) break;
+        __syncwarp();
+        park(sums, to, lane);
+      }
+    } else {
+      row_scales(to.norms(), to.half == 0 ? to.q_tile() : to.k_tile(), to.half, p.scale, p.l2norm_qk, lane);
+      sums = build_half<kGate>(p, to, shared.bias(), shared.gate(), valid, lane, [&] { team.meet(); });
+      if (to.half == 1) {
+        __syncwarp();
+        park(sums, to, lane);
+      }
+    }
+    if constexpr (S::kCluster) fence_proxy_async();  // for the early copies
+    team.meet();  // all of Kpre, Qpre, Ksuf stands, and the second half's sums
+    if constexpr (S::kCluster) {
+      if (to.tile == 0 && to.half == 1) copy_pieces<S>(to.slot, ready, kEarlyPieces, rank, lane);
+    }
+    join(sums, to, lane < valid ? beta_value(p, beta_bits) : 0.0f, opaque(lane), team);
     if constexpr (kAsyncProxy) fence_proxy_async();
-    barrier_arrive(shared.factors_ready(ring.slot));
-    __syncwarp();  // the scratch may be written again
-    ring.advance(shared.ring.num_pairs, shared.ring.num_slots);
-    turn ^= 1;
+    if constexpr (S::kCluster) {
+      team.meet();  // all of it stands
+      if (warp % S::kTeamWarps == 0) copy_pieces<S>(to.slot, ready, kLatePieces, rank, lane);
+    }
+    barrier_arrive(ready);
+    ring.advance(step, shared.ring.num_slots);
   }
 }
 

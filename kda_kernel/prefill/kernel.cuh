@@ -12,9 +12,12 @@
 
 namespace kda::prefill {
 
+constexpr int kMaxCtas = 4;        // of a cluster
+constexpr int kMaxClusters = 128;  // with more heads than this no device is asked how many it runs at once
+
 __device__ inline void poison_state(const StateTensor& state, int64_t index) {
   const float nan = __int_as_float(0x7fffffff);
-  for (int e = threadIdx.x; e < kHeadDim * kHeadDim; e += kThreads) {
+  for (int e = threadIdx.x; e < kHeadDim * kHeadDim; e += blockDim.x) {
     const int64_t offset = index * kHeadDim * kHeadDim + e;
     if (state.dtype == FloatKind::kFloat32) {
       static_cast<float*>(state.data)[offset] = nan;
@@ -30,7 +33,7 @@ __device__ inline void poison(const PrefillParams& p, int64_t sequence, int head
   const float nan = __int_as_float(0x7fffffff);
   auto* out = static_cast<__nv_bfloat16*>(const_cast<void*>(p.out.data)) + head * p.out.head_stride;
   for (int64_t token = sequence; token < p.num_tokens; token += p.num_sequences) {
-    for (int e = threadIdx.x; e < kHeadDim; e += kThreads) out[token * p.out.token_stride + e] = __float2bfloat16(nan);
+    for (int e = threadIdx.x; e < kHeadDim; e += blockDim.x) out[token * p.out.token_stride + e] = __float2bfloat16(nan);
   }
   if (p.final_state.data != nullptr) poison_state(p.final_state, state_index);
   if (p.intermediate_states.data == nullptr) return;
@@ -40,31 +43,33 @@ __device__ inline void poison(const PrefillParams& p, int64_t sequence, int head
 }
 
 // T_inv and Aqk are lower triangular: what the first tile's tokens have from the second is zero in every chunk.
-template <class GElem>
-__device__ __forceinline__ void clear_upper_pairs(const SharedMap<GElem>& shared) {
+template <class S>
+__device__ __forceinline__ void clear_upper_pairs(const SharedMap<S>& shared) {
   constexpr int kPieces = kTile / 8 * kTile;  // of 16 bytes, in a [16, 16] block
-  for (int i = threadIdx.x; i < shared.ring.num_slots * kPieces; i += kThreads) {
+  for (int i = threadIdx.x; i < shared.ring.num_slots * kPieces; i += S::kThreads) {
     const uint32_t place = shared.slot(i / kPieces) + kPairBlock + i / kTile % 2 * kPairUnit + i % kTile * 16;
-    store_shared_uint4(place + Slot<GElem>::kTInv, make_uint4(0, 0, 0, 0));
-    store_shared_uint4(place + Slot<GElem>::kAqk, make_uint4(0, 0, 0, 0));
+    store_shared_uint4(place + S::kTInv, make_uint4(0, 0, 0, 0));
+    store_shared_uint4(place + S::kAqk, make_uint4(0, 0, 0, 0));
   }
   fence_proxy_async();
 }
 
-template <GateKind kGate, class GElem, class Engine>
-__global__ void __launch_bounds__(kThreads, 1)
+template <GateKind kGate, class S, class Engine>
+__global__ void __launch_bounds__(S::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillParams p, const Ring ring) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  const SharedMap<GElem> shared{.base = smem_address(shared_memory), .ring = ring};
-  const int64_t index = blockIdx.x / p.num_heads;
-  const int head = blockIdx.x % p.num_heads;
+  const SharedMap<S> shared{.base = smem_address(shared_memory), .ring = ring};
+  const int num_ctas = S::kCluster ? ring.num_ctas : 1;
+  const int rank = blockIdx.x % num_ctas, item = blockIdx.x / num_ctas;
+  const int64_t index = by_length(p.cu_seqlens, p.num_sequences, item / p.num_heads);
+  const int head = item % p.num_heads;
 
   // First everything that comes from global memory, so that one wait covers it; bounds are used once they are checked.
   const Sequence sequence = find_sequence(p.cu_seqlens, index, p.num_tokens);
   const float A_log = p.A_log ? p.A_log[head] : 0.0f;
   const float bias = p.dt_bias && threadIdx.x < kHeadDim ? p.dt_bias[head * kHeadDim + threadIdx.x] : 0.0f;
   if (p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
-    poison(p, index, head, blockIdx.x);
+    poison(p, index, head, index * p.num_heads + head);
     return;
   }
   const GateScale gate_scale = make_gate_scale<kGate>(A_log, p.lower_bound);
@@ -73,9 +78,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     store_shared_float(shared.bias() + threadIdx.x * 4, bias * gate_scale.input);
   } else if (threadIdx.x < kHeadDim + ring.num_slots) {
     const int slot = threadIdx.x - kHeadDim;
-    barrier_init(shared.slot_free(slot), 32 * kStateWarps);
-    barrier_init(shared.raw_ready(slot), 32 * kStateWarps);
-    barrier_init(shared.factors_ready(slot), 32 * kTiles);
+    barrier_init(shared.slot_free(slot), S::kFreeArrivals);
+    barrier_init(shared.raw_ready(slot), 32 * (S::kLoadWarps - S::kValueWarps));
+    barrier_init(shared.factors_ready(slot), 32 * (S::kTeamWarps + S::kValueWarps));
+    barrier_init(shared.values_free(slot), 32 * S::kStateWarps);
+    if constexpr (S::kCluster) fence_barrier_init();
   }
   if (threadIdx.x == 0) {
     if (p.beta_dtype == FloatKind::kFloat32) {
@@ -87,42 +94,108 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   clear_upper_pairs(shared);
   __syncthreads();
+  if constexpr (S::kCluster) {
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform to the compiler, as the roles are
-  if (warp < kStateWarps) {
-    Engine::take_state_registers();
-    state_role<Engine>(p, shared, sequence, index, head, warp);
-  } else {
+  if (warp < S::kStateWarps) {
+    Engine::template take_state_registers<S::kCluster>();
+    if (rank < S::kParts) state_role<Engine>(p, shared, sequence, index, head, rank, warp);
+  } else if (warp < S::kStateWarps + S::kFactorWarps) {
     Engine::take_factor_registers();
-    factor_role<kGate, Engine::kReadsThroughAsyncProxy>(p, shared, sequence.length, warp - kStateWarps);
+    factor_role<kGate, Engine::kReadsThroughAsyncProxy>(p, shared, sequence.length, rank, warp - S::kStateWarps);
+  } else if constexpr (S::kCluster) {
+    Engine::take_load_registers();
+    load_role(p, shared, sequence, head, rank, warp - S::kStateWarps - S::kFactorWarps);
   }
+  if constexpr (S::kCluster) cluster_sync();  // no CTA leaves while another may write to it
 }
 
-template <GateKind kGate, class GElem, class Engine>
-cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
-  auto* kernel = prefill_kernel<kGate, GElem, Engine>;
-  static PerDevice shared_limits;  // known where the kernel has been allowed the bytes of its ring
+// One kernel's launches, and what is asked of each device once.
+template <GateKind kGate, class S, class Engine>
+struct Launcher {
+  static constexpr auto kKernel = prefill_kernel<kGate, S, Engine>;
+
+  // The device's shared memory for a CTA; known where the kernel has been allowed the bytes of its ring.
+  static cudaError_t shared_limit(int device, int& limit) {
+    static PerDevice limits;
+    return limits.get(device, limit, [](int device, int& limit) {
+      const cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      if (error != cudaSuccess) return error;
+      const Ring ring = fit_ring<S>(limit, 1);
+      if (ring.num_slots == 0) return cudaErrorInvalidConfiguration;
+      return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>(ring));
+    });
+  }
+
+  // `cluster` has to live as long as what is returned.
+  static cudaLaunchConfig_t configure(const Ring& ring, int64_t items, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(ring.num_ctas), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(items * ring.num_ctas));
+    config.blockDim = dim3(S::kThreads);
+    config.dynamicSmemBytes = shared_bytes<S>(ring);
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = S::kCluster ? 1 : 0;
+    return config;
+  }
+
+  // Of the sizes from kCtas down to 2, the largest of which `items` clusters run at once; 1 if there is none.
+  template <int kCtas>
+  static cudaError_t largest_cluster(int device, int limit, int64_t items, int& ctas) {
+    ctas = kCtas;
+    if constexpr (kCtas > 1) {
+      static PerDevice counts;
+      int clusters;
+      const cudaError_t error = counts.get(device, clusters, [limit](int, int& clusters) {
+        cudaLaunchAttribute cluster{};
+        const cudaLaunchConfig_t one = configure(fit_ring<S>(limit, kCtas), 1, nullptr, cluster);
+        return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &one);
+      });
+      if (error != cudaSuccess) return error;
+      if (items > clusters) return largest_cluster<kCtas - 1>(device, limit, items, ctas);
+    }
+    return cudaSuccess;
+  }
+
+  static cudaError_t launch(const PrefillParams& p, cudaStream_t stream, int limit, int num_ctas) {
+    const Ring ring = fit_ring<S>(limit, num_ctas);
+    cudaLaunchAttribute cluster{};
+    const cudaLaunchConfig_t all = configure(ring, p.num_sequences * p.num_heads, stream, cluster);
+    return cudaLaunchKernelEx(&all, kKernel, p, ring);
+  }
+};
+
+// As many CTAs a head, up to kMaxCtas, as leave each an SM of its own from the start.
+template <class Engine, GateKind kGate, class GElem>
+cudaError_t launch_for_shape(const PrefillParams& p, cudaStream_t stream) {
   int device, limit;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  error = shared_limits.get(device, limit, [kernel](int device, int& limit) {
-    const cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
-    const Ring ring = fit_ring<GElem>(limit);
-    if (ring.num_slots == 0) return cudaErrorInvalidConfiguration;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<GElem>(ring));
-  });
-  if (error != cudaSuccess) return error;
-  const Ring ring = fit_ring<GElem>(limit);
-  const int bytes = shared_bytes<GElem>(ring);
-  kernel<<<static_cast<unsigned>(p.num_sequences * p.num_heads), kThreads, bytes, stream>>>(p, ring);
-  return cudaGetLastError();
+  if constexpr (Engine::kHasClusters) {
+    using Cluster = Launcher<kGate, Slot<GElem, 2>, Engine>;
+    const int64_t items = p.num_sequences * p.num_heads;
+    if (items <= kMaxClusters) {
+      int ctas;
+      error = Cluster::shared_limit(device, limit);
+      if (error == cudaSuccess) error = Cluster::template largest_cluster<kMaxCtas>(device, limit, items, ctas);
+      if (error != cudaSuccess) return error;
+      if (ctas > 1) return Cluster::launch(p, stream, limit, ctas);
+    }
+  }
+  using Single = Launcher<kGate, Slot<GElem, 1>, Engine>;
+  error = Single::shared_limit(device, limit);
+  return error == cudaSuccess ? Single::launch(p, stream, limit, 1) : error;
 }
 
 template <class Engine, GateKind kGate>
 cudaError_t launch_for_gate_dtype(const PrefillParams& p, cudaStream_t stream) {
-  return p.g_dtype == FloatKind::kBFloat16 ? launch<kGate, __nv_bfloat16, Engine>(p, stream)
-                                           : launch<kGate, float, Engine>(p, stream);
+  return p.g_dtype == FloatKind::kBFloat16 ? launch_for_shape<Engine, kGate, __nv_bfloat16>(p, stream)
+                                           : launch_for_shape<Engine, kGate, float>(p, stream);
 }
 
 template <class Engine>

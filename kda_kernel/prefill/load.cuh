@@ -1,5 +1,4 @@
-// A chunk's rows of q, k, g, v from global memory into the ring, by the state warps: each has one of the tensors and one of
-// the tiles.
+// A chunk's rows of q, k, g, v from global memory into the ring.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -48,79 +47,154 @@ __device__ __forceinline__ void copy_unaligned(uint32_t to, const char* from, bo
   store_shared_uint4(to, *reinterpret_cast<const uint4*>(piece));
 }
 
-// A warp's way through the chunks: eight lanes copy 128 consecutive bytes of a token to a row, a piece of 16 bytes each.
-template <class GElem>
+// A load warp's way through the chunks: it has one of the tensors and, of eight warps, one of the tiles, of four both. Eight
+// lanes copy 128 consecutive bytes of a token to a row, a piece of 16 bytes each.
+template <class S>
 struct ChunkLoader {
-  using S = Slot<GElem>;
-  static_assert(kStateWarps == 4 * kTiles && S::kK == kPanelBytes && S::kV == 2 * kPanelBytes && S::kG == 3 * kPanelBytes,
-                "a warp's tensor is the panel of its number");
-  static constexpr int kGate = 3;
-  static constexpr int kStep = 4;  // tokens a warp copies at a time
+  static constexpr int kTensorV = 0, kTensorG = 3;            // q and k between them, in the order of the slot
+  static constexpr int kRows = kChunk / S::kValueWarps;       // that a warp copies
+  static constexpr int kStep = 4;                             // at a time
+  static_assert(S::kV == 0 && S::kK == S::kQ + kPanelBytes && S::kG == S::kK + kPanelBytes, "the order of the slot");
 
   const char* from;  // the lane's first piece in the next chunk
   int64_t stride;    // of a token, in bytes
-  int token = 0;     // the next chunk's first
-  RingPosition ring{.slot = 0, .parity = 0};
 
-  __device__ __forceinline__ ChunkLoader(const PrefillParams& p, const Sequence& sequence, int head, int warp, int lane) {
-    const int tensor = warp % 4;
-    const TokenTensor& x = tensor == 0 ? p.q : tensor == 1 ? p.k : tensor == 2 ? p.v : p.g;
-    const int width = tensor == kGate ? sizeof(GElem) : sizeof(__nv_bfloat16);
-    const int64_t x_head = tensor < 2 ? head / p.heads_per_qk : head;
+  static __device__ __forceinline__ int tensor(int warp) { return warp % 4; }
+  static __device__ __forceinline__ int first_row(int warp, int lane) { return warp / 4 * kRows + lane / 8; }
+
+  // `rank` is the CTA's in its cluster.
+  __device__ __forceinline__ ChunkLoader(const PrefillParams& p, const Sequence& sequence, int head, int rank, int warp,
+                                         int lane) {
+    const int t = tensor(warp);
+    const TokenTensor& x = t == kTensorV ? p.v : t == 1 ? p.q : t == 2 ? p.k : p.g;
+    const int width = t == kTensorG ? sizeof(typename S::GElem) : sizeof(__nv_bfloat16);
+    const int64_t x_head = t == 1 || t == 2 ? head / p.heads_per_qk : head;
     stride = x.token_stride * width;
     from = static_cast<const char*>(x.data) +
            (sequence.batch * x.batch_stride + sequence.begin * x.token_stride + x_head * x.head_stride) * width +
            first_row(warp, lane) * stride + lane % 8 * 16;
+    if (S::kCluster && t == kTensorV) from += rank * S::kVBytes / kChunk;
   }
-
-  static __device__ __forceinline__ int first_row(int warp, int lane) { return warp / 4 * kTile + lane / 8; }
 
   // Tokens from `valid` on become zeros and are never read. `copy` takes a piece's place, its source and whether there is
   // one.
-  template <class Elem, class Copy>
+  template <int kRowsPerToken, class Copy>
   __device__ __forceinline__ void for_each_piece(uint32_t panel, int valid, int warp, int lane, Copy copy) const {
-    constexpr int kRows = kHeadDim * sizeof(Elem) / kRowBytes;  // of a token
     const int row = first_row(warp, lane);
     const uint32_t to = panel + swizzled(row, lane % 8);
     const char* source = from;
 #pragma unroll
-    for (int i = 0; i < kTile / kStep; ++i) {
+    for (int i = 0; i < kRows / kStep; ++i) {
       const bool inside = row + i * kStep < valid;
       const uint32_t place = (to ^ i % 2 * 64) + i * kStep * kRowBytes;  // four tokens on, the unit's third bit is flipped
 #pragma unroll
-      for (int part = 0; part < kRows; ++part) copy(place + part * kHalfBytes, source + part * kRowBytes, inside);
+      for (int r = 0; r < kRowsPerToken; ++r) copy(place + r * kHalfBytes, source + r * kRowBytes, inside);
       source += kStep * stride;
     }
   }
 
-  template <class Elem>
-  __device__ __forceinline__ void copy_tile(uint32_t panel, int valid, bool aligned, int warp, int lane) const {
+  template <class Elem, int kColumns>
+  __device__ __forceinline__ void copy_rows(uint32_t panel, int valid, bool aligned, int warp, int lane) const {
+    constexpr int kRowsPerToken = kColumns * sizeof(Elem) / kRowBytes;
     if (aligned) {
-      for_each_piece<Elem>(panel, valid, warp, lane, cp_async_16);
+      for_each_piece<kRowsPerToken>(panel, valid, warp, lane, cp_async_16);
     } else {
-      for_each_piece<Elem>(panel, valid, warp, lane, copy_unaligned<Elem>);
+      for_each_piece<kRowsPerToken>(panel, valid, warp, lane, copy_unaligned<Elem>);
     }
   }
 
-  // Starts the next chunk's way into its slot, if there is one.
-  __device__ __forceinline__ void load_next(const SharedMap<GElem>& shared, int length, bool aligned, int warp, int lane) {
-    if (token >= length) return;
-    const uint32_t panel = shared.slot(ring.slot) + warp % 4 * kPanelBytes;
-    await_reuse(shared, ring);
-    if (sizeof(GElem) == 2 || warp % 4 != kGate) {
-      copy_tile<__nv_bfloat16>(panel, length - token, aligned, warp, lane);
+  // What the warp has of the chunk. One copy of the loop where all panels are alike: three cost a single CTA 5 to 15
+  // percent, in instruction cache misses.
+  __device__ __forceinline__ void copy_chunk(uint32_t slot, int valid, bool aligned, int warp, int lane) const {
+    using GElem = typename S::GElem;
+    const int t = tensor(warp);
+    const uint32_t panel = slot + (t == kTensorV ? 0 : S::kVBytes + (t - 1) * kPanelBytes);
+    if (S::kCluster && t == kTensorV) {
+      copy_rows<__nv_bfloat16, kHeadDim / S::kParts>(panel, valid, aligned, warp, lane);
+    } else if (sizeof(GElem) != sizeof(__nv_bfloat16) && t == kTensorG) {
+      copy_rows<GElem, kHeadDim>(panel, valid, aligned, warp, lane);
     } else {
-      copy_tile<GElem>(panel, length - token, aligned, warp, lane);
+      copy_rows<__nv_bfloat16, kHeadDim>(panel, valid, aligned, warp, lane);
     }
+  }
+
+  static __device__ __forceinline__ void await(const SharedMap<S>& shared, const RingPosition& ring, bool needs_values,
+                                               bool has_state) {
+    if (needs_values && has_state) {
+      barrier_wait(shared.values_free(ring.slot), ring.parity ^ 1);
+    } else {
+      await_reuse(shared, ring);
+    }
+  }
+
+  __device__ __forceinline__ void arrive(const SharedMap<S>& shared, int slot, bool aligned, int warp) {
+    const uint32_t ready = tensor(warp) == kTensorV ? shared.factors_ready(slot) : shared.raw_ready(slot);
     if (aligned) {
-      barrier_arrive_after_cp_async(shared.raw_ready(ring.slot));
+      barrier_arrive_after_cp_async(ready);
     } else {
-      barrier_arrive(shared.raw_ready(ring.slot));
+      barrier_arrive(ready);
     }
-    ring.advance(1, shared.ring.num_slots);
-    token += kChunk;
     from += kChunk * stride;
   }
+
+  // Has a later chunk brought to the L2 cache, whose slot is not free yet: a token per lane. `ahead` counts tokens from the
+  // next chunk.
+  __device__ __forceinline__ void prefetch(int ahead, int valid, int warp, int lane) const {
+    constexpr int kLine = 128;
+    const int t = tensor(warp);
+    const int width = t == kTensorV ? S::kVBytes / kChunk : kHeadDim * (t == kTensorG ? sizeof(typename S::GElem) : 2);
+    const char* row = from + (ahead + lane - first_row(warp, lane)) * stride - lane % 8 * 16;
+    if (lane < valid) {
+      for (int byte = 0; byte < width; byte += kLine) prefetch_l2(row + byte);
+    }
+  }
+
+  // In a single CTA: starts the next chunk's way into its slot. `valid` tokens are left, at least one.
+  __device__ __forceinline__ void load(const SharedMap<S>& shared, const RingPosition& ring, int valid, bool aligned,
+                                       int warp, int lane) {
+    await(shared, ring, tensor(warp) == kTensorV, true);
+    copy_chunk(shared.slot(ring.slot), valid, aligned, warp, lane);
+    arrive(shared, ring.slot, aligned, warp);
+  }
+
+  // In a cluster: the same of what this CTA needs of the chunk; `ours` if it prepares the factors.
+  __device__ __forceinline__ void load_part(const SharedMap<S>& shared, const RingPosition& ring, int valid, bool aligned,
+                                            bool ours, bool has_state, int warp, int lane) {
+    static_assert(!S::kCluster || S::kLoadWarps == S::kTeamWarps, "as many arrivals");
+    const bool is_v = tensor(warp) == kTensorV;
+    await(shared, ring, is_v, has_state);
+    if (is_v ? has_state : ours) copy_chunk(shared.slot(ring.slot), valid, aligned, warp, lane);
+    if (!ours) {  // in the place of the team that works in another CTA
+      if (has_state && is_v && lane == 0) {
+        barrier_arrive_expecting(shared.factors_ready(ring.slot), S::kFactorBytes);
+      } else {
+        barrier_arrive(shared.factors_ready(ring.slot));
+      }
+    }
+    arrive(shared, ring.slot, aligned, warp);
+  }
 };
+
+// The load warps of a cluster's CTA.
+template <class S>
+__device__ void load_role(const PrefillParams& p, const SharedMap<S>& shared, const Sequence& sequence, int head, int rank,
+                          int warp) {
+  const int lane = threadIdx.x % 32;
+  ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
+  RingPosition ring{.slot = 0, .parity = 0};
+  const int slots = shared.ring.num_slots, ctas = shared.ring.num_ctas;
+  int builder = 0, builder_ahead = slots % ctas;
+#pragma unroll 1
+  for (int token = 0; token < sequence.length; token += kChunk) {
+    loader.load_part(shared, ring, sequence.length - token, p.inputs_aligned, builder == rank, rank < S::kParts, warp, lane);
+    const int ahead = slots * kChunk;
+    if (ChunkLoader<S>::tensor(warp) == ChunkLoader<S>::kTensorV ? rank < S::kParts : builder_ahead == rank) {
+      loader.prefetch(ahead - kChunk, sequence.length - token - ahead, warp, lane);
+    }
+    ring.advance(1, slots);
+    if (++builder == ctas) builder = 0;
+    if (++builder_ahead == ctas) builder_ahead = 0;
+  }
+}
 
 }  // namespace kda::prefill

@@ -40,12 +40,12 @@ __device__ __forceinline__ void pack_tokens(TokenOperand& a, const TokenFragment
 
 // Calls f(n, x, row, channel) for the pairs of channels a lane holds.
 template <class F>
-__device__ __forceinline__ void for_each_pair(int warp, int lane, F f) {
+__device__ __forceinline__ void for_each_pair(int first_row, int lane, F f) {
 #pragma unroll
   for (int n = 0; n < kChannelTiles; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      f(n, 2 * half, warp * kRowsPerStateWarp + 8 * half + lane / 4, 8 * n + 2 * (lane % 4));
+      f(n, 2 * half, first_row + 8 * half + lane / 4, 8 * n + 2 * (lane % 4));
     }
   }
 }
@@ -68,16 +68,17 @@ __device__ __forceinline__ bool pairs_aligned(const Elem* state) {
 }
 
 template <class Elem>
-__device__ __forceinline__ void load_state(StateFragment& s, const Elem* state, bool v_first, int warp, int lane) {
+__device__ __forceinline__ void load_state(StateFragment& s, const Elem* state, bool v_first, int first_row,
+                                           int lane) {
   if (v_first && pairs_aligned(state)) {
-    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+    for_each_pair(first_row, lane, [&](int n, int x, int row, int channel) {
       const float2 pair = load_pair(state + row * kHeadDim + channel);
       s[n][x] = pair.x;
       s[n][x + 1] = pair.y;
     });
   } else {
     const int row_step = v_first ? kHeadDim : 1, channel_step = v_first ? 1 : kHeadDim;
-    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+    for_each_pair(first_row, lane, [&](int n, int x, int row, int channel) {
       const Elem* first = state + row * row_step + channel * channel_step;
       s[n][x] = static_cast<float>(first[0]);
       s[n][x + 1] = static_cast<float>(first[channel_step]);
@@ -86,14 +87,15 @@ __device__ __forceinline__ void load_state(StateFragment& s, const Elem* state, 
 }
 
 template <class Elem>
-__device__ __forceinline__ void store_state(const StateFragment& s, Elem* state, bool v_first, int warp, int lane) {
+__device__ __forceinline__ void store_state(const StateFragment& s, Elem* state, bool v_first, int first_row,
+                                           int lane) {
   if (v_first && pairs_aligned(state)) {
-    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+    for_each_pair(first_row, lane, [&](int n, int x, int row, int channel) {
       store_pair(state + row * kHeadDim + channel, s[n][x], s[n][x + 1]);
     });
   } else {
     const int row_step = v_first ? kHeadDim : 1, channel_step = v_first ? 1 : kHeadDim;
-    for_each_pair(warp, lane, [&](int n, int x, int row, int channel) {
+    for_each_pair(first_row, lane, [&](int n, int x, int row, int channel) {
       Elem* first = state + row * row_step + channel * channel_step;
       first[0] = static_cast<Elem>(s[n][x]);
       first[channel_step] = static_cast<Elem>(s[n][x + 1]);
@@ -131,83 +133,119 @@ __device__ __forceinline__ void residual(TokenFragment& u0, const TokenFragment&
   }
 }
 
-// o of the warp's 16 columns: transposed and gathered to 16-byte pieces through the warp's own columns of a panel, then
-// written row by row. (Writing the 4-byte pairs of the transposed fragment straight to global memory was slower:
-// half-filled sectors, and address arithmetic in the chain.)
-__device__ __forceinline__ void store_output(const PrefillParams& p, const TokenFragment& o, uint32_t columns, int first_unit,
-                                             __nv_bfloat16* rows, int valid, int lane) {
+// o of the warp's 16 columns on its way out: transposed and gathered to pieces of 16 bytes through the warp's own columns of
+// a panel. (Writing the 4-byte pairs of the transposed fragment straight to global memory was slower: half-filled sectors,
+// and address arithmetic in the chain.)
+struct OutputPieces {
+  uint4 piece[kTiles];
+
+  __device__ __forceinline__ OutputPieces(const TokenOperand& o, uint32_t columns, int first_unit, int lane) {
+    __syncwarp();  // every lane has had its v from these columns
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    uint32_t rows[4];
-    pack_operand(rows, o[2 * tile], o[2 * tile + 1]);
-    stmatrix_x4_trans(columns + tile * kTileRows + swizzled(lane / 16 * 8 + lane % 8, first_unit + lane / 8 % 2), rows);
-  }
-  __syncwarp();
+    for (int tile = 0; tile < kTiles; ++tile) {
+      stmatrix_x4_trans(columns + tile * kTileRows + swizzled(lane / 16 * 8 + lane % 8, first_unit + lane / 8 % 2), o[tile]);
+    }
+    __syncwarp();
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int token = tile * kTile + lane / 2, unit = lane % 2;
-    const uint4 piece = load_shared_uint4(columns + swizzled(token, first_unit + unit));
-    if (token >= valid) return;
-    __nv_bfloat16* destination = rows + token * p.out.token_stride + 8 * unit;
-    if (p.out_aligned) {
-      *reinterpret_cast<uint4*>(destination) = piece;
-    } else {
-      const auto* values = reinterpret_cast<const __nv_bfloat16*>(&piece);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) destination[e] = values[e];
+    for (int tile = 0; tile < kTiles; ++tile) {
+      piece[tile] = load_shared_uint4(columns + swizzled(tile * kTile + lane / 2, first_unit + lane % 2));
     }
   }
-}
 
-template <class Engine, class GElem>
-__device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& shared, const Sequence& sequence,
-                           int64_t index, int head, int warp) {
-  using S = Slot<GElem>;
+  // `rows` is the first token's; tokens from `valid` on are left out.
+  __device__ __forceinline__ void store(const PrefillParams& p, __nv_bfloat16* rows, int valid, int lane) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int token = tile * kTile + lane / 2;
+      if (token >= valid) return;
+      __nv_bfloat16* destination = rows + token * p.out.token_stride + 8 * (lane % 2);
+      if (p.out_aligned) {
+        *reinterpret_cast<uint4*>(destination) = piece[tile];
+      } else {
+        const auto* values = reinterpret_cast<const __nv_bfloat16*>(&piece[tile]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) destination[e] = values[e];
+      }
+    }
+  }
+};
+
+template <class Engine, class S>
+__device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, const Sequence& sequence,
+                           int64_t index, int head, int rank, int warp) {
   const int lane = threadIdx.x % 32;
-  auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + warp * kRowsPerStateWarp;
+  const int first_row = (rank * S::kStateWarps + warp) * kRowsPerStateWarp;  // of the warp's in S
+  auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
   const int64_t state_offset = (index * p.num_heads + head) * kHeadDim * kHeadDim;
 
-  ChunkLoader<GElem> loader(p, sequence, head, warp, lane);
-  // All slots but one are loaded before the first chunk, then, during each chunk, the one consumed last.
+  // In a single CTA the state warps load, too: all slots before the first chunk, then, during each chunk, the one consumed
+  // last.
+  ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
+  const int ahead = shared.ring.num_slots * kChunk;
+  if constexpr (!S::kCluster) {
+    RingPosition ring{.slot = 0, .parity = 0};
 #pragma unroll 1
-  for (int slot = 1; slot < shared.ring.num_slots; ++slot) {
-    loader.load_next(shared, sequence.length, p.inputs_aligned, warp, lane);
+    for (int token = 0; token < min(ahead, sequence.length); token += kChunk, ++ring.slot) {
+      loader.load(shared, ring, sequence.length - token, p.inputs_aligned, warp, lane);
+    }
   }
 
   StateFragment s = {};
   if (p.initial_state.data != nullptr) {
     if (p.initial_state.dtype == FloatKind::kFloat32) {
-      load_state(s, static_cast<const float*>(p.initial_state.data) + state_offset, p.initial_state.v_first, warp, lane);
+      load_state(s, static_cast<const float*>(p.initial_state.data) + state_offset, p.initial_state.v_first,
+                 first_row, lane);
     } else {
       load_state(s, static_cast<const __nv_bfloat16*>(p.initial_state.data) + state_offset, p.initial_state.v_first,
-                 warp, lane);
+                 first_row, lane);
     }
   }
 
-  // The warp's two units of v and o.
+  // The warp's two units of v and o in this CTA's part of them.
   const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
   const uint32_t beta_lane = S::kBeta + lane % 4 * 8;
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
+  // In a cluster a lane for each CTA says that the warp has done with a slot.
+  uint32_t free_there = 0;
+  if constexpr (S::kCluster) {
+    if (lane < shared.ring.num_ctas) free_there = remote_address(shared.slot_free(0), lane);
+  }
+  const auto release = [&](int slot_index) {
+    if constexpr (S::kCluster) {
+      __syncwarp();
+      if (lane < shared.ring.num_ctas) barrier_arrive_remote(free_there + slot_index * 8);
+    } else {
+      barrier_arrive(shared.slot_free(slot_index));
+    }
+  };
   int64_t next_state = p.intermediate_states.data == nullptr
                            ? p.num_intermediate_states
                            : intermediate_states_before(p.cu_seqlens, index, p.num_tokens);
-  RingPosition ring{.slot = 0, .parity = 0};
-  for (int token = 0; token < sequence.length; token += kChunk, out += kChunk * p.out.token_stride) {
+  Engine engine(lane);
+  RingPosition ring{.slot = 0, .parity = 0}, last = ring;
+  // A chunk's o leaves through v's place. In a cluster, where every clock of the chain counts, that is done while the next
+  // chunk's products are under way.
+  TokenOperand o_bf16;
+  const auto send = [&](int slot_index, int valid) {
+    const OutputPieces pieces(o_bf16, shared.slot(slot_index) + S::kV + v_half, first_unit, lane);
+    barrier_arrive(shared.values_free(slot_index));
+    pieces.store(p, out, valid, lane);
+    out += kChunk * p.out.token_stride;
+  };
+  bool ready = false;
+  for (int token = 0; token < sequence.length; token += kChunk) {
     const uint32_t slot = shared.slot(ring.slot);
     if (token % kIntermediateStep == 0 && next_state < p.num_intermediate_states) {
       store_state(s, static_cast<__nv_bfloat16*>(p.intermediate_states.data) +
                          (next_state++ * p.num_heads + head) * kHeadDim * kHeadDim,
-                  p.intermediate_states.v_first, warp, lane);
+                  p.intermediate_states.v_first, first_row, lane);
     }
-    loader.load_next(shared, sequence.length, p.inputs_aligned, warp, lane);
-    barrier_wait(shared.raw_ready(ring.slot), ring.parity);
-    barrier_wait(shared.factors_ready(ring.slot), ring.parity);
+    if (!ready) barrier_wait(shared.factors_ready(ring.slot), ring.parity);
 
     TokenFragment projected = {}, o = {}, u;
     TokenOperand operand;
     ValueFragment v;
     float2 beta[kTokenTiles];
-    Engine engine(lane);
     engine.read_state(projected, o, s, slot + S::kK, slot + S::kQ);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -219,26 +257,34 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<GElem>& share
     residual(u, projected, v, beta);
     pack_tokens(operand, u);
     engine.multiply_pairs(u, operand, slot + S::kTInv);
-    engine.wait(u, o, s);
+    engine.wait(u, o);
     pack_tokens(operand, u);
-    decay_state(s, slot + total_lane);  // not sooner: touching S would end the products in flight
-    engine.template update_state<S>(s, operand, slot);
     engine.multiply_pairs(o, operand, slot + S::kAqk);
-    engine.wait(u, o, s);
-    const bool has_stage = shared.ring.has_stage;
-    if (has_stage) barrier_arrive(shared.slot_free(ring.slot));
-    __syncwarp();  // every lane has its v, and the last chunk's o
-    store_output(p, o, (has_stage ? shared.stage() : slot + S::kV) + v_half, first_unit, out,
-                 min(sequence.length - token, kChunk), lane);
-    if (!has_stage) barrier_arrive(shared.slot_free(ring.slot));
+    decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
+    engine.template update_state<S>(s, operand, slot);
+    if (S::kCluster && token > 0) send(last.slot, kChunk);
+    if constexpr (!S::kCluster) {
+      const int next = token - kChunk + ahead;
+      if (token > 0 && next < sequence.length) {
+        const RingPosition freed{.slot = last.slot, .parity = last.parity ^ 1};
+        loader.load(shared, freed, sequence.length - next, p.inputs_aligned, warp, lane);
+      }
+    }
+    last = ring;
     ring.advance(1, shared.ring.num_slots);
+    ready = barrier_peek(shared.factors_ready(ring.slot), ring.parity);
+    engine.wait(o, s);
+    release(last.slot);
+    pack_tokens(o_bf16, o);
+    if (!S::kCluster) send(last.slot, sequence.length - token);
   }
+  if (S::kCluster && sequence.length > 0) send(last.slot, (sequence.length - 1) % kChunk + 1);
 
   if (p.final_state.data == nullptr) return;
   if (p.final_state.dtype == FloatKind::kFloat32) {
-    store_state(s, static_cast<float*>(p.final_state.data) + state_offset, p.final_state.v_first, warp, lane);
+    store_state(s, static_cast<float*>(p.final_state.data) + state_offset, p.final_state.v_first, first_row, lane);
   } else {
-    store_state(s, static_cast<__nv_bfloat16*>(p.final_state.data) + state_offset, p.final_state.v_first, warp, lane);
+    store_state(s, static_cast<__nv_bfloat16*>(p.final_state.data) + state_offset, p.final_state.v_first, first_row, lane);
   }
 }
 

@@ -2,19 +2,27 @@
 //
 // A CTA owns one (sequence, value head) and walks its chunks of 32 tokens, two tiles of 16, through a ring of slots:
 //
-//   state warps     load chunks into slots; S in registers, 16 rows of V each; o and the next S      (load.cuh, state.cuh)
-//   factor pairs    gate, decay tree, Akk, Aqk, T_inv; a warp per tile, pairs take chunks in turn    (factors.cuh)
+//   load warps      q, k, g, v of a chunk into its slot                                              (load.cuh)
+//   factor teams    gate, decay tree, Akk, Aqk, T_inv: a warp per tile, teams take chunks in turn    (factors.cuh)
+//   state warps     S in registers, 16 rows of V each; o and the next S                              (state.cuh)
 //
 //   barrier        arrives                             waits           arrivals
-//   RawReady       state warps, q, k, g, v in the slot both            32 kStateWarps
-//   FactorsReady   the chunk's factor pair             both            32 kTiles
-//   SlotFree       state warps, chunk consumed         both            32 kStateWarps
+//   RawReady       load warps, q, k, g are there       factor team     a lane each
+//   FactorsReady   the chunk's factor team; v is there all             a lane each
+//   SlotFree       state warps, factors consumed       both others     a lane each
+//   ValuesFree     state warps, o has left v's place   load warps      a lane each
 // Every lane arrives for what it has read and written itself. A slot is loaded again once its last chunk has been
 // consumed.
 //
+// With few heads, a cluster of two or four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
+// all take chunks in turn, load their q, k and g, prepare the factors, and copy what the state needs to the other slots of
+// the same number (one ring, in step everywhere). There FactorsReady counts the copy's bytes, and load warps arrive in the
+// place of the team. SlotFree counts a lane of each state warp of both CTAs: a slot is free when it is free everywhere.
+// ValuesFree is each CTA's own.
+//
 // A slot is reused in place: a lane of a factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
-// only reader of its 16 columns of v and, where there is no room for a stage, passes o through them.
+// only reader of its 16 columns of v and passes o through them.
 #pragma once
 
 #include <cstdint>
@@ -27,16 +35,10 @@ namespace kda::prefill {
 constexpr int kTile = 16;  // tokens of an MMA tile: every level of the decay tree stays inside a warp's fragments
 constexpr int kTiles = 2;  // of a chunk; the state chain's latency and its work on S are per chunk
 constexpr int kChunk = kTiles * kTile;
-constexpr int kStateWarps = 8;
-constexpr int kFactorPairs = 4;
-constexpr int kFactorWarps = kTiles * kFactorPairs;
-constexpr int kThreads = 32 * (kStateWarps + kFactorWarps);  // 512: 128 registers a thread
-constexpr int kRowsPerStateWarp = kHeadDim / kStateWarps;
-static_assert(kRowsPerStateWarp == 16, "a state warp holds one MMA tile of rows");
+constexpr int kRowsPerStateWarp = 16;  // of V: one MMA tile
 
 // More slots than this no longer hide anything: four being prepared, the others loading or waiting to be consumed.
 constexpr int kMaxSlots = 6;
-constexpr int kMinSlots = 2;  // one is loaded while another is consumed
 
 // A bf16 panel [32 tokens, 128 columns] lies in shared memory as two halves of 64 columns, a row of 128 bytes per token,
 // the eight units (of 16 bytes, eight columns) of a row permuted by the token: the 128-byte swizzle of wgmma. A warp that
@@ -72,95 +74,110 @@ __device__ __forceinline__ uint32_t total_offset(int channel) {
 // Byte offsets in a slot. An fp32 gate has rows of 32 channels in the same manner, four of them a token. Ksuf takes the
 // place of the gate; where that is fp32, half a panel of Ksuf covers the first of the two rows that a token has for these
 // channels.
-template <class GElem>
+template <class GateElem, int kStateParts>
 struct Slot {
+  using GElem = GateElem;
+  static constexpr int kParts = kStateParts;  // CTAs that share the rows of S
+  static constexpr bool kCluster = kParts > 1;
+  static constexpr int kStateWarps = kHeadDim / kRowsPerStateWarp / kParts;
+  static constexpr bool kWholeTiles = !kCluster;  // a factor warp's part of a chunk is a tile, or half its channels
+  static constexpr int kTeamWarps = kTiles * (kWholeTiles ? 1 : kHalves);
+  static constexpr int kMaxTeams = kCluster ? 3 : 4;
+  static constexpr int kFactorWarps = kTeamWarps * kMaxTeams;
+  static constexpr int kLoadWarps = kCluster ? 4 : kStateWarps;  // in a single CTA these are the state warps
+  static constexpr int kThreads = 32 * (kStateWarps + kFactorWarps + (kCluster ? kLoadWarps : 0));
+  static constexpr int kValueWarps = kLoadWarps / 4;  // of these, those that load v
+  static constexpr int kMinSlots = kCluster ? 4 : 2;
+  static constexpr int kFreeArrivals = kCluster ? kParts * kStateWarps : 32 * kStateWarps;
+
   static constexpr int kGateScale = sizeof(GElem) / 2;
-  static constexpr int kQ = 0;                 // q, then Qpre
-  static constexpr int kK = kQ + kPanelBytes;  // k, then Kpre
-  static constexpr int kV = kK + kPanelBytes;  // v, then o
-  static constexpr int kG = kV + kPanelBytes;  // g, then Ksuf
+  static constexpr int kV = 0;                          // v of the part's rows
+  static constexpr int kVBytes = kPanelBytes / kParts;
+  static constexpr int kQ = kV + kVBytes;               // q, then Qpre
+  static constexpr int kK = kQ + kPanelBytes;           // k, then Kpre
+  static constexpr int kG = kK + kPanelBytes;           // g, then Ksuf
   static constexpr int kKsuf = kG;
   static constexpr int kKsufHalf = kHalfBytes * kGateScale;
   static constexpr int kTInv = kG + kPanelBytes * kGateScale;  // T_inv below its diagonal
   static constexpr int kAqk = kTInv + kPairBytes;
   static constexpr int kTotal = kAqk + kPairBytes;    // [128] fp32, by total_offset()
   static constexpr int kBeta = kTotal + kTotalBytes;  // [32] fp32
+  // What CTAs copy to each other: Q, K and Ksuf by tile and half, and the rest, all from T_inv on.
+  static constexpr int kPieces = kTiles * 3 * kHalves;
+  static constexpr int kRestBytes = kBeta + kChunk * 4 - kTInv;
+  static constexpr int kFactorBytes = kPieces * kTileRows + kRestBytes;
   static constexpr int kBytes = (kBeta + kChunk * 4 + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
 };
 
-// A factor pair's own room, and in it each tile's: k exp(-G) of half the channels, swizzled; in its place, once the
-// products are in registers, Akk transposed in fp32, with rows padded to 20 words, so that the four token pairs of a
-// warp's store fall into different banks while float4 loads stay aligned; per token the factors on q and on k, fp32.
+// A factor team's own room: of each tile and half of the channels k exp(-G), swizzled; in its place, once the products are
+// in registers, the second half's sums and the first half's Akk, transposed in fp32, with rows padded to 20 words, so that
+// the four token pairs of a warp's store fall into different banks while float4 loads stay aligned. Of each tile per token
+// the factors on q and on k, fp32, and its decay per channel.
 constexpr int kScratchRow = 20;
 static_assert(kTile * kScratchRow * 4 <= kTileRows, "Akk fits");
 struct Scratch {
-  static constexpr int kNorms = kTileRows;
-  static constexpr int kTileBytes = kNorms + kTile * 8;
-  // Of the second tile, in this chunk and the pair's next; that of the first starts out in the slot.
-  static constexpr int kTotal = kTiles * kTileBytes;
-  static constexpr int kBytes = (kTotal + 2 * kTotalBytes + 127) / 128 * 128;
+  static constexpr int kNorms = kTiles * kHalves * kTileRows;
+  static constexpr int kNormBytes = kTile * 8;
+  static constexpr int kTotal = kNorms + kTiles * kNormBytes;
+  static constexpr int kBytes = (kTotal + kTiles * kTotalBytes + 127) / 128 * 128;
 };
 
 // Before the slots: what lives as long as the CTA.
 struct Fixed {
-  static constexpr int kBarriers = 0;              // SlotFree, RawReady, FactorsReady of each slot
-  static constexpr int kBeta = 3 * kMaxSlots * 8;  // Source of beta
+  static constexpr int kBarriers = 0;              // four of each slot
+  static constexpr int kBeta = 4 * kMaxSlots * 8;  // Source of beta
   static constexpr int kGate = kBeta + 16;         // GateScale
   static constexpr int kBias = 256;                // [128] fp32: dt_bias in the gate's units
   static constexpr int kScratch = kBias + kHeadDim * 4;
-  static constexpr int bytes(int num_pairs) { return (kScratch + num_pairs * Scratch::kBytes + 1023) / 1024 * 1024; }
+  static constexpr int bytes(int num_teams) { return (kScratch + num_teams * Scratch::kBytes + 1023) / 1024 * 1024; }
   static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kScratch % 128 == 0, "all that fits before the bias");
 };
 
-// How a CTA divides its shared memory.
+// How a CTA divides its shared memory, and how many of them share a head.
 struct Ring {
   int num_slots;
-  int num_pairs;
+  int num_teams;
+  int num_ctas;
   int first_slot;  // bytes before it
-  bool has_stage;  // a panel behind the slots for o; without it o passes through v's
 };
 
-template <class GElem>
+template <class S>
 constexpr int shared_bytes(Ring ring) {
-  return ring.first_slot + ring.num_slots * Slot<GElem>::kBytes + (ring.has_stage ? kPanelBytes : 0);
+  return ring.first_slot + ring.num_slots * S::kBytes;
 }
 
-// As many factor pairs and slots as fit into `limit` bytes, a slot more than pairs: with a bf16 gate 4 and 5 in 227 KB, 2
-// and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 3 and 4, 2 and 3, 1 and 2. No slots if it
-// cannot be.
-template <class GElem>
-constexpr Ring fit_ring(int limit) {
-  for (int pairs = kFactorPairs; pairs > 0; --pairs) {
-    const int fitting = (limit - Fixed::bytes(pairs)) / Slot<GElem>::kBytes;
+// As many factor teams and slots as fit into `limit` bytes, slots for the chunks that two CTAs' teams prepare or one more
+// than a single CTA's: in 227 KB with a bf16 gate 2 teams and 5 slots, in a cluster 3 and 6. No slots if it cannot be.
+template <class S>
+constexpr Ring fit_ring(int limit, int num_ctas) {
+  for (int teams = S::kMaxTeams; teams > 0; --teams) {
+    const int fitting = (limit - Fixed::bytes(teams)) / S::kBytes;
     const int slots = fitting < kMaxSlots ? fitting : kMaxSlots;
-    if (slots > pairs && slots >= kMinSlots) {
-      const int first_slot = Fixed::bytes(pairs);
-      return {.num_slots = slots,
-              .num_pairs = pairs,
-              .first_slot = first_slot,
-              .has_stage = first_slot + slots * Slot<GElem>::kBytes + kPanelBytes <= limit};
+    const bool in_step = S::kCluster ? teams * num_ctas <= 2 * slots : slots > teams;
+    if (in_step && slots >= S::kMinSlots) {
+      return {.num_slots = slots, .num_teams = teams, .num_ctas = num_ctas, .first_slot = Fixed::bytes(teams)};
     }
   }
-  return {.num_slots = 0, .num_pairs = 0, .first_slot = 0, .has_stage = false};
+  return {.num_slots = 0, .num_teams = 0, .num_ctas = 0, .first_slot = 0};
 }
 
 // Shared-memory addresses of one CTA.
-template <class GElem>
+template <class S>
 struct SharedMap {
   uint32_t base;
   Ring ring;
 
   __device__ __forceinline__ uint32_t slot(int index) const {
-    return base + ring.first_slot + index * Slot<GElem>::kBytes;
+    return base + ring.first_slot + index * S::kBytes;
   }
-  __device__ __forceinline__ uint32_t stage() const { return slot(ring.num_slots); }
   __device__ __forceinline__ uint32_t slot_free(int slot) const { return base + Fixed::kBarriers + slot * 8; }
   __device__ __forceinline__ uint32_t raw_ready(int slot) const { return slot_free(slot) + kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t factors_ready(int slot) const { return slot_free(slot) + 2 * kMaxSlots * 8; }
+  __device__ __forceinline__ uint32_t values_free(int slot) const { return slot_free(slot) + 3 * kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t beta() const { return base + Fixed::kBeta; }
   __device__ __forceinline__ uint32_t gate() const { return base + Fixed::kGate; }
   __device__ __forceinline__ uint32_t bias() const { return base + Fixed::kBias; }
-  __device__ __forceinline__ uint32_t scratch(int pair) const { return base + Fixed::kScratch + pair * Scratch::kBytes; }
+  __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch + team * Scratch::kBytes; }
 };
 
 // Where a role stands in the ring.
@@ -180,8 +197,8 @@ struct RingPosition {
 // Until the slot's last chunk has been made and consumed; a fresh barrier passes a wait for the odd parity, so the first
 // round finds every slot free. SlotFree alone implies FactorsReady, and RawReady implies both: a role waits for all that
 // it follows at first hand, because racecheck does not follow chains of barriers. (The waits fall through.)
-template <class GElem>
-__device__ __forceinline__ void await_reuse(const SharedMap<GElem>& shared, const RingPosition& ring) {
+template <class S>
+__device__ __forceinline__ void await_reuse(const SharedMap<S>& shared, const RingPosition& ring) {
   barrier_wait(shared.factors_ready(ring.slot), ring.parity ^ 1);
   barrier_wait(shared.slot_free(ring.slot), ring.parity ^ 1);
 }
