@@ -155,12 +155,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t address, const void* source
 // Has the cache line of this address brought to L2.
 __device__ __forceinline__ void prefetch_l2(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
 
-// Four bytes to shared memory, of which the first two or all come from global memory.
-__device__ __forceinline__ void cp_async_word(void* target, const void* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(target)), "l"(source), "r"(bytes)
-               : "memory");
-}
-
 // kBytes (4, 8 or 16) from global to shared memory.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* target, const void* source) {

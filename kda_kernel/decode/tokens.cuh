@@ -90,13 +90,15 @@ __device__ __forceinline__ void read_staged(Share& x, const Vector& source, Floa
   x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
 }
 
-// Brings the word that holds a number, up to that number: memory may end there. (No allocation begins inside a word.)
-// from_word() takes the number out.
-__device__ __forceinline__ void stage_word(uint32_t& target, const void* data, FloatKind dtype, int64_t offset) {
+// Brings the word that holds a number; from_word() takes the number out. No allocation begins inside a word, but one may
+// end there: without `goes_on`, what lies behind the number is not touched, and the number is waited for.
+__device__ __forceinline__ void stage_word(uint32_t& target, const void* data, FloatKind dtype, int64_t offset,
+                                           bool goes_on) {
   const int size = dtype == FloatKind::kFloat32 ? 4 : 2;
   const char* const source = static_cast<const char*>(data) + offset * size;
   const int before = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 4);
-  cp_async_word(&target, source - before, before + size);
+  if (before + size == 4 || goes_on) return cp_async<4>(&target, source - before);
+  target = *reinterpret_cast<const uint16_t*>(source);
 }
 
 __device__ __forceinline__ float from_word(uint32_t word, const void* data, FloatKind dtype, int64_t offset) {
@@ -122,8 +124,9 @@ __device__ __forceinline__ void stage_token(const DecodeParams& p, SharedTokens&
   stage_share(group.decay[t], p.g.data, p.g_dtype, row_offset(p.g, tokens, token, head), lane, kAligned);
   if (p.dt_bias) stage_share(dt_bias, p.dt_bias, FloatKind::kFloat32, head * kHeadDim, lane, kAligned);
   if (lane == 0) {
-    stage_word(group.beta_word[t], p.beta.data, p.beta_dtype, row_offset(p.beta, tokens, token, head));
-    if (p.A_log) stage_word(group.A_log_word[t], p.A_log, FloatKind::kFloat32, head);
+    const bool goes_on = p.beta.head_stride == 1 && head + 1 < p.num_heads;
+    stage_word(group.beta_word[t], p.beta.data, p.beta_dtype, row_offset(p.beta, tokens, token, head), goes_on);
+    if (p.A_log) stage_word(group.A_log_word[t], p.A_log, FloatKind::kFloat32, head, true);
   }
 }
 
