@@ -449,10 +449,11 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
   const int warp_lane = opaque(threadIdx.x % 32);
   const Team<S> team{.index = warp / S::kTeamWarps};
   if (team.index >= shared.ring.num_teams) return;
-  const int num_ctas = S::kCluster ? shared.ring.num_ctas : 1;
+  const int num_ctas = S::kCluster ? shared.num_ctas : 1;
   const int first = team.index * num_ctas + rank, step = shared.ring.num_teams * num_ctas;  // chunks
-  RingPosition ring{.slot = 0, .parity = 0};
+  RingPosition ring{.slot = 0, .parity = 0}, raw = ring;
   ring.advance(first, shared.ring.num_slots);
+  raw.advance(team.index, shared.ring.num_slots);
   for (int chunk = first * kChunk; chunk < length; chunk += step * kChunk) {
     const int lane = opaque(warp_lane);
     TileFactors<S> to{.slot = shared.slot(ring.slot),
@@ -462,13 +463,8 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
     const int token = chunk + to.tile * kTile, valid = max(0, min(length - token, kTile));
     const uint32_t beta_bits =
         lane < valid ? load_beta_bits(p, Source::load(shared.beta()), token + lane) : 0;
-    // A team that takes more than a ring's length at a step may be two phases early, and a wait by parity takes the phase
-    // before the last for the last.
-    if (step > shared.ring.num_slots && chunk >= 2 * shared.ring.num_slots * kChunk) {
-      barrier_wait(shared.slot_free(ring.slot), ring.parity);
-    }
-    await_reuse(shared, ring);
-    barrier_wait(shared.raw_ready(ring.slot), ring.parity);
+    barrier_wait(shared.raw_ready(raw.slot), raw.parity);
+    await_reuse(shared, ring);  // not sooner: of several phases to come a parity cannot tell which
     const uint32_t ready = shared.factors_ready(ring.slot);
 
     PairSums sums;
@@ -506,6 +502,7 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
     }
     barrier_arrive(ready);
     ring.advance(step, shared.ring.num_slots);
+    raw.advance(shared.ring.num_teams, shared.ring.num_slots);
   }
 }
 

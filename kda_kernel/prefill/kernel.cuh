@@ -56,10 +56,10 @@ __device__ __forceinline__ void clear_upper_pairs(const SharedMap<S>& shared) {
 
 template <GateKind kGate, class S, class Engine>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    prefill_kernel(const __grid_constant__ PrefillParams p, const Ring ring) {
+    prefill_kernel(const __grid_constant__ PrefillParams p, const Ring ring, int cluster_ctas) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  const SharedMap<S> shared{.base = smem_address(shared_memory), .ring = ring};
-  const int num_ctas = S::kCluster ? ring.num_ctas : 1;
+  const int num_ctas = S::kCluster ? cluster_ctas : 1;
+  const SharedMap<S> shared{.base = smem_address(shared_memory), .ring = ring, .num_ctas = num_ctas};
   const int rank = blockIdx.x % num_ctas, item = blockIdx.x / num_ctas;
   const int64_t index = by_length(p.cu_seqlens, p.num_sequences, item / p.num_heads);
   const int head = item % p.num_heads;
@@ -118,24 +118,24 @@ template <GateKind kGate, class S, class Engine>
 struct Launcher {
   static constexpr auto kKernel = prefill_kernel<kGate, S, Engine>;
 
-  // The device's shared memory for a CTA; known where the kernel has been allowed the bytes of its ring.
+  // The device's shared memory for a CTA; known where the kernel has been allowed all of it.
   static cudaError_t shared_limit(int device, int& limit) {
     static PerDevice limits;
     return limits.get(device, limit, [](int device, int& limit) {
       const cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
       if (error != cudaSuccess) return error;
-      const Ring ring = fit_ring<S>(limit, 1);
-      if (ring.num_slots == 0) return cudaErrorInvalidConfiguration;
-      return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>(ring));
+      if (fit_ring<S>(limit).num_slots == 0) return cudaErrorInvalidConfiguration;
+      return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     });
   }
 
   // `cluster` has to live as long as what is returned.
-  static cudaLaunchConfig_t configure(const Ring& ring, int64_t items, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+  static cudaLaunchConfig_t configure(const Ring& ring, int64_t items, int num_ctas, cudaStream_t stream,
+                                      cudaLaunchAttribute& cluster) {
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(ring.num_ctas), 1, 1};
+    cluster.val.clusterDim = {static_cast<unsigned>(num_ctas), 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(items * ring.num_ctas));
+    config.gridDim = dim3(static_cast<unsigned>(items * num_ctas));
     config.blockDim = dim3(S::kThreads);
     config.dynamicSmemBytes = shared_bytes<S>(ring);
     config.stream = stream;
@@ -153,7 +153,7 @@ struct Launcher {
       int clusters;
       const cudaError_t error = counts.get(device, clusters, [limit](int, int& clusters) {
         cudaLaunchAttribute cluster{};
-        const cudaLaunchConfig_t one = configure(fit_ring<S>(limit, kCtas), 1, nullptr, cluster);
+        const cudaLaunchConfig_t one = configure(fit_ring<S>(limit), 1, kCtas, nullptr, cluster);
         return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &one);
       });
       if (error != cudaSuccess) return error;
@@ -163,10 +163,10 @@ struct Launcher {
   }
 
   static cudaError_t launch(const PrefillParams& p, cudaStream_t stream, int limit, int num_ctas) {
-    const Ring ring = fit_ring<S>(limit, num_ctas);
+    const Ring ring = fit_ring<S>(limit);
     cudaLaunchAttribute cluster{};
-    const cudaLaunchConfig_t all = configure(ring, p.num_sequences * p.num_heads, stream, cluster);
-    return cudaLaunchKernelEx(&all, kKernel, p, ring);
+    const cudaLaunchConfig_t all = configure(ring, p.num_sequences * p.num_heads, num_ctas, stream, cluster);
+    return cudaLaunchKernelEx(&all, kKernel, p, ring, num_ctas);
   }
 };
 

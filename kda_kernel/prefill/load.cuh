@@ -127,14 +127,12 @@ struct ChunkLoader {
     }
   }
 
-  __device__ __forceinline__ void arrive(const SharedMap<S>& shared, int slot, bool aligned, int warp) {
-    const uint32_t ready = tensor(warp) == kTensorV ? shared.factors_ready(slot) : shared.raw_ready(slot);
+  static __device__ __forceinline__ void arrive(uint32_t ready, bool aligned) {
     if (aligned) {
       barrier_arrive_after_cp_async(ready);
     } else {
       barrier_arrive(ready);
     }
-    from += kChunk * stride;
   }
 
   // Has a later chunk brought to the L2 cache, whose slot is not free yet: a token per lane. `ahead` counts tokens from the
@@ -152,26 +150,30 @@ struct ChunkLoader {
   // In a single CTA: starts the next chunk's way into its slot. `valid` tokens are left, at least one.
   __device__ __forceinline__ void load(const SharedMap<S>& shared, const RingPosition& ring, int valid, bool aligned,
                                        int warp, int lane) {
-    await(shared, ring, tensor(warp) == kTensorV, true);
+    const bool is_v = tensor(warp) == kTensorV;
+    await(shared, ring, is_v, true);
     copy_chunk(shared.slot(ring.slot), valid, aligned, warp, lane);
-    arrive(shared, ring.slot, aligned, warp);
+    arrive(is_v ? shared.factors_ready(ring.slot) : shared.raw_ready(ring.slot), aligned);
+    from += kChunk * stride;
   }
 
-  // In a cluster: the same of what this CTA needs of the chunk; `ours` if it prepares the factors.
-  __device__ __forceinline__ void load_part(const SharedMap<S>& shared, const RingPosition& ring, int valid, bool aligned,
-                                            bool ours, bool has_state, int warp, int lane) {
+  // In a cluster: the same of what this CTA needs of the chunk. `ours`: it prepares the factors, and waits at `raw_ready`.
+  __device__ __forceinline__ void load_part(const SharedMap<S>& shared, const RingPosition& ring, uint32_t raw_ready,
+                                            int valid, bool aligned, bool ours, bool has_state, int warp, int lane) {
     static_assert(!S::kCluster || S::kLoadWarps == S::kTeamWarps, "as many arrivals");
     const bool is_v = tensor(warp) == kTensorV;
+    const uint32_t factors_ready = shared.factors_ready(ring.slot);
     await(shared, ring, is_v, has_state);
     if (is_v ? has_state : ours) copy_chunk(shared.slot(ring.slot), valid, aligned, warp, lane);
     if (!ours) {  // in the place of the team that works in another CTA
       if (has_state && is_v && lane == 0) {
-        barrier_arrive_expecting(shared.factors_ready(ring.slot), S::kFactorBytes);
+        barrier_arrive_expecting(factors_ready, S::kFactorBytes);
       } else {
-        barrier_arrive(shared.factors_ready(ring.slot));
+        barrier_arrive(factors_ready);
       }
     }
-    arrive(shared, ring.slot, aligned, warp);
+    if (is_v || ours) arrive(is_v ? factors_ready : raw_ready, aligned);
+    from += kChunk * stride;
   }
 };
 
@@ -181,17 +183,19 @@ __device__ void load_role(const PrefillParams& p, const SharedMap<S>& shared, co
                           int warp) {
   const int lane = threadIdx.x % 32;
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
-  RingPosition ring{.slot = 0, .parity = 0};
-  const int slots = shared.ring.num_slots, ctas = shared.ring.num_ctas;
-  int builder = 0, builder_ahead = slots % ctas;
+  const int slots = shared.ring.num_slots, ctas = shared.num_ctas, ahead = slots * kChunk;
+  RingPosition ring{.slot = 0, .parity = 0}, raw = ring;
+  int builder = 0, builder_ahead = slots % ctas;  // whose chunk this is, and the one that comes to the slot after it
 #pragma unroll 1
   for (int token = 0; token < sequence.length; token += kChunk) {
-    loader.load_part(shared, ring, sequence.length - token, p.inputs_aligned, builder == rank, rank < S::kParts, warp, lane);
-    const int ahead = slots * kChunk;
+    const bool ours = builder == rank;
+    loader.load_part(shared, ring, shared.raw_ready(raw.slot), sequence.length - token, p.inputs_aligned, ours,
+                     rank < S::kParts, warp, lane);
     if (ChunkLoader<S>::tensor(warp) == ChunkLoader<S>::kTensorV ? rank < S::kParts : builder_ahead == rank) {
       loader.prefetch(ahead - kChunk, sequence.length - token - ahead, warp, lane);
     }
     ring.advance(1, slots);
+    if (ours) raw.advance(1, slots);
     if (++builder == ctas) builder = 0;
     if (++builder_ahead == ctas) builder_ahead = 0;
   }

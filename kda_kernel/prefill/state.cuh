@@ -230,12 +230,12 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   // In a cluster a lane for each CTA says that the warp has done with a slot.
   uint32_t free_there = 0;
   if constexpr (S::kCluster) {
-    if (lane < shared.ring.num_ctas) free_there = remote_address(shared.slot_free(0), lane);
+    if (lane < shared.num_ctas) free_there = remote_address(shared.slot_free(0), lane);
   }
   const auto release = [&](int slot_index) {
     if constexpr (S::kCluster) {
       __syncwarp();
-      if (lane < shared.ring.num_ctas) barrier_arrive_remote(free_there + slot_index * 8);
+      if (lane < shared.num_ctas) barrier_arrive_remote(free_there + slot_index * 8);
     } else {
       barrier_arrive(shared.slot_free(slot_index));
     }

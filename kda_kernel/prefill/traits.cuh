@@ -16,7 +16,7 @@
 //
 // With few heads, a cluster of two or four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
 // all take chunks in turn, load their q, k and g, prepare the factors, and copy what the state needs to the other slots of
-// the same number (one ring, in step everywhere). There FactorsReady counts the copy's bytes, and load warps arrive in the
+// the same number (one ring, in step everywhere). RawReady counts a CTA's own chunks alone. There FactorsReady counts the copy's bytes, and load warps arrive in the
 // place of the team. SlotFree counts a lane of each state warp of both CTAs: a slot is free when it is free everywhere.
 // ValuesFree is each CTA's own.
 //
@@ -87,7 +87,6 @@ struct Slot {
   static constexpr int kLoadWarps = kCluster ? 4 : kStateWarps;  // in a single CTA these are the state warps
   static constexpr int kThreads = 32 * (kStateWarps + kFactorWarps + (kCluster ? kLoadWarps : 0));
   static constexpr int kValueWarps = kLoadWarps / 4;  // of these, those that load v
-  static constexpr int kMinSlots = kCluster ? 4 : 2;
   static constexpr int kFreeArrivals = kCluster ? kParts * kStateWarps : 32 * kStateWarps;
 
   static constexpr int kGateScale = sizeof(GElem) / 2;
@@ -133,11 +132,10 @@ struct Fixed {
   static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kScratch % 128 == 0, "all that fits before the bias");
 };
 
-// How a CTA divides its shared memory, and how many of them share a head.
+// How a CTA divides its shared memory.
 struct Ring {
   int num_slots;
   int num_teams;
-  int num_ctas;
   int first_slot;  // bytes before it
 };
 
@@ -146,19 +144,18 @@ constexpr int shared_bytes(Ring ring) {
   return ring.first_slot + ring.num_slots * S::kBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes, slots for the chunks that two CTAs' teams prepare or one more
-// than a single CTA's: in 227 KB with a bf16 gate 2 teams and 5 slots, in a cluster 3 and 6. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes: with a bf16 gate in 227 KB 4 teams and 5 slots, in a cluster 3
+// and 6; with an fp32 gate 3 and 4, 2 and 5. No slots if it cannot be.
 template <class S>
-constexpr Ring fit_ring(int limit, int num_ctas) {
+constexpr Ring fit_ring(int limit) {
   for (int teams = S::kMaxTeams; teams > 0; --teams) {
     const int fitting = (limit - Fixed::bytes(teams)) / S::kBytes;
     const int slots = fitting < kMaxSlots ? fitting : kMaxSlots;
-    const bool in_step = S::kCluster ? teams * num_ctas <= 2 * slots : slots > teams;
-    if (in_step && slots >= S::kMinSlots) {
-      return {.num_slots = slots, .num_teams = teams, .num_ctas = num_ctas, .first_slot = Fixed::bytes(teams)};
+    if (slots >= (S::kCluster ? S::kParts * teams : teams + 1)) {
+      return {.num_slots = slots, .num_teams = teams, .first_slot = Fixed::bytes(teams)};
     }
   }
-  return {.num_slots = 0, .num_teams = 0, .num_ctas = 0, .first_slot = 0};
+  return {.num_slots = 0, .num_teams = 0, .first_slot = 0};
 }
 
 // Shared-memory addresses of one CTA.
@@ -166,6 +163,7 @@ template <class S>
 struct SharedMap {
   uint32_t base;
   Ring ring;
+  int num_ctas;  // of the cluster
 
   __device__ __forceinline__ uint32_t slot(int index) const {
     return base + ring.first_slot + index * S::kBytes;
