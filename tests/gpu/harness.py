@@ -34,6 +34,11 @@ def sequence_count(inputs: dict) -> int:
     return len(inputs["q"]) if cu_seqlens is None else len(cu_seqlens) - 1
 
 
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """The values of x behind an odd element offset, in an allocation that ends with x."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
 def guarded_out(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """(buffer full of SENTINEL, its part `out` full of NaN): rows of tokens surround `out` on both sides."""
     v = inputs["v"]
@@ -63,10 +68,10 @@ def assert_guards(buffer: torch.Tensor, inside: torch.Tensor, dim: int) -> None:
         )
 
 
-def run_op(kernel, inputs: dict, state_dtype: torch.dtype | None = None):
+def run_op(kernel, inputs: dict, state_dtype: torch.dtype | None = None, portable: bool | None = None):
     """The bare operator on guarded, poisoned results; returns (out, final_state or None).
 
-    `state_dtype` is final_state's dtype without an initial state (fp32 by default).
+    `state_dtype` is final_state's dtype without an initial state (fp32 by default), `portable` as in call_op.
     """
     initial_state = inputs["initial_state"]
     if initial_state is not None:
@@ -75,7 +80,7 @@ def run_op(kernel, inputs: dict, state_dtype: torch.dtype | None = None):
     state_buffer = final_state = None
     if inputs["output_final_state"]:
         state_buffer, final_state = guarded_state(inputs, state_dtype or torch.float32)
-    call_op(kernel, inputs, out, final_state)
+    call_op(kernel, inputs, out, final_state, portable)
     assert_guards(buffer, out, dim=1)
     if final_state is not None:
         assert_guards(state_buffer, final_state, dim=0)
@@ -98,8 +103,12 @@ def op_arguments(
     )  # fmt: skip
 
 
-def call_op(kernel, inputs: dict, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
-    kernel.ops.kda_prefill(*op_arguments(inputs, out, final_state, force_portable))
+def call_op(
+    kernel, inputs: dict, out: torch.Tensor, final_state: torch.Tensor | None, portable: bool | None = None
+) -> None:
+    """`portable`: the portable kernel, on Hopper too; by default what `each_kernel` says."""
+    portable = force_portable if portable is None else portable
+    kernel.ops.kda_prefill(*op_arguments(inputs, out, final_state, portable))
 
 
 def reference(kernel, inputs: dict):
