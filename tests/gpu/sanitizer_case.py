@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 import decode_harness as decoding
 from decode_inputs import shuffled_slots
 from fused_decode_inputs import fused_inputs
-from harness import inputs_for, op_arguments
+from harness import inputs_for, misaligned, op_arguments
 from layer_inputs import LENGTHS, make_conv, make_norm
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -36,13 +36,13 @@ CASES = {
         dict(T=16, g_dtype=BF16, allow_neg_eigval=True, state_v_first=True),
     ),
     "no token": ("lower-weak", dict(lengths=(0, 0))),
+    # On Hopper the cases above run in clusters, and no slot twice. These use every slot again, in clusters and,
+    # with 72 items of work, in single CTAs; of those all but two have no token, and cost little.
+    "one head, all slots twice": ("lower-weak", dict(T=13 * 32 + 1, H=1)),
+    "one head, all slots twice, fp32 g": ("softplus-resets", dict(T=11 * 32 + 1, H=1, g_dtype=FP32)),
+    "single CTAs": ("lower-strong", dict(lengths=(11 * 32 + 1, *(0,) * 35))),
+    "single CTAs, fp32 g": ("mixed-channels", dict(lengths=(9 * 32 + 1, *(0,) * 35), state_v_first=True)),
 }
-
-
-def misaligned(x: torch.Tensor) -> torch.Tensor:
-    """The values of x behind an odd element offset, in an allocation that ends with x."""
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-
 
 DECODE_CASES = {
     "one token": ("lower-weak", dict(N=3, T=1)),
@@ -134,13 +134,14 @@ def main() -> None:
             if result is not None and not result.isfinite().all():
                 raise SystemExit(f"{name}: the result is not finite")
 
-    inputs = inputs_for("lower-weak", lengths=(20, 20), H=2)
-    inputs["cu_seqlens"] += torch.tensor([0, 1000, 0], device="cuda")
-    o, final_state = kernel.chunk_kda(**inputs)
-    if not (o.isnan().all() and final_state.isnan().all()):
-        raise SystemExit("bad cu_seqlens: the result is not NaN")
+    for H in (2, 36):
+        inputs = inputs_for("lower-weak", lengths=(20, 20), H=H)
+        inputs["cu_seqlens"] += torch.tensor([0, 1000, 0], device="cuda")
+        o, final_state = kernel.chunk_kda(**inputs)
+        if not (o.isnan().all() and final_state.isnan().all()):
+            raise SystemExit(f"bad cu_seqlens, {H} heads: the result is not NaN")
     run_layer_operators(kernel)
-    print(f"{len(CASES) + len(DECODE_CASES) + 6} cases done")
+    print(f"{len(CASES) + len(DECODE_CASES) + 7} cases done")
 
 
 if __name__ == "__main__":
