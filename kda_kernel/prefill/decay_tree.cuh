@@ -38,15 +38,19 @@ struct TileFactors {
   __device__ __forceinline__ uint32_t t_inv() const { return slot + S::kTInv + tile * kPairDiagonal; }
   __device__ __forceinline__ uint32_t aqk() const { return slot + S::kAqk + tile * kPairDiagonal; }
   __device__ __forceinline__ uint32_t beta() const { return slot + S::kBeta + tile * kTile * 4; }
-  __device__ __forceinline__ uint32_t inverse() const { return scratch + (tile * kHalves + half) * kTileRows; }
-  __device__ __forceinline__ uint32_t akk() const { return scratch + tile * kHalves * kTileRows; }
-  // Room for sixteen bytes of a lane, `piece` 0 to 2, once the second half's products are made.
+  __device__ __forceinline__ uint32_t akk() const { return scratch + tile * (S::kTeamWarps / kTiles) * kTileRows; }
+  __device__ __forceinline__ uint32_t inverse() const { return S::kWholeTiles ? akk() : akk() + half * kTileRows; }
+  // Room for sixteen bytes of a lane, `piece` 0 to 2: where T_inv and Aqk of the tile will be, and below them T_inv of both
+  // tiles for the first, Aqk for the second.
   __device__ __forceinline__ uint32_t parking(int piece, int lane) const {
-    return akk() + kTileRows + piece * 512 + lane * 16;
+    const uint32_t below = slot + (tile == 0 ? S::kTInv : S::kAqk) + kPairTile;
+    return (piece == 0 ? t_inv() : piece == 1 ? aqk() : below) + pair_block_rows(lane);
   }
-  __device__ __forceinline__ uint32_t norms() const { return scratch + Scratch::kNorms + tile * Scratch::kNormBytes; }
+  __device__ __forceinline__ uint32_t norms() const {
+    return scratch + Scratch<S>::kNorms + tile * Scratch<S>::kNormBytes;
+  }
   __device__ __forceinline__ uint32_t total(int of_tile) const {
-    return scratch + Scratch::kTotal + of_tile * kTotalBytes;
+    return scratch + Scratch<S>::kTotal + of_tile * kTotalBytes;
   }
 };
 

@@ -342,6 +342,7 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
 template <class S>
 __device__ __forceinline__ void finish_tile(PairSums& sums, const TileFactors<S>& to, float beta, int lane) {
   add_parked(sums, to, lane);
+  __syncwarp();  // every lane has its sums: Aqk takes their place
   store_pairs(sums, beta, to.aqk(), to.akk(), lane);
   if (lane < kTile) store_shared_float(to.beta() + lane * 4, beta);
   __syncwarp();

@@ -108,14 +108,15 @@ struct Slot {
   static constexpr int kBytes = (kBeta + kChunk * 4 + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
 };
 
-// A factor team's own room: of each tile and half of the channels k exp(-G), swizzled; in its place, once the products are
-// in registers, the second half's sums and the first half's Akk, transposed in fp32, with rows padded to 20 words, so that
-// the four token pairs of a warp's store fall into different banks while float4 loads stay aligned. Of each tile per token
-// the factors on q and on k, fp32, and its decay per channel.
+// A factor team's own room: for each warp k exp(-G) of its tile and half of the channels, swizzled; in the place of a
+// tile's first, once the products are in registers, Akk, transposed in fp32, with rows padded to 20 words, so that the four
+// token pairs of a warp's store fall into different banks while float4 loads stay aligned. Of each tile per token the
+// factors on q and on k, fp32, and its decay per channel.
 constexpr int kScratchRow = 20;
 static_assert(kTile * kScratchRow * 4 <= kTileRows, "Akk fits");
+template <class S>
 struct Scratch {
-  static constexpr int kNorms = kTiles * kHalves * kTileRows;
+  static constexpr int kNorms = S::kTeamWarps * kTileRows;
   static constexpr int kNormBytes = kTile * 8;
   static constexpr int kTotal = kNorms + kTiles * kNormBytes;
   static constexpr int kBytes = (kTotal + kTiles * kTotalBytes + 127) / 128 * 128;
@@ -128,7 +129,10 @@ struct Fixed {
   static constexpr int kGate = kBeta + 16;         // GateScale
   static constexpr int kBias = 256;                // [128] fp32: dt_bias in the gate's units
   static constexpr int kScratch = kBias + kHeadDim * 4;
-  static constexpr int bytes(int num_teams) { return (kScratch + num_teams * Scratch::kBytes + 1023) / 1024 * 1024; }
+  template <class S>
+  static constexpr int bytes(int num_teams) {
+    return (kScratch + num_teams * Scratch<S>::kBytes + 1023) / 1024 * 1024;
+  }
   static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kScratch % 128 == 0, "all that fits before the bias");
 };
 
@@ -144,19 +148,25 @@ constexpr int shared_bytes(Ring ring) {
   return ring.first_slot + ring.num_slots * S::kBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes: with a bf16 gate in 227 KB 4 teams and 5 slots, in a cluster 3
-// and 6; with an fp32 gate 3 and 4, 2 and 5. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes, at least one more slot than teams, in a cluster twice as many. In a
+// single CTA with a bf16 gate 4 teams and 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0), with
+// an fp32 gate 3 and 4, 2 and 3, 1 and 2; in a cluster 3 and 6, 2 and 5. No slots if it cannot be.
 template <class S>
 constexpr Ring fit_ring(int limit) {
   for (int teams = S::kMaxTeams; teams > 0; --teams) {
-    const int fitting = (limit - Fixed::bytes(teams)) / S::kBytes;
+    const int fitting = (limit - Fixed::bytes<S>(teams)) / S::kBytes;
     const int slots = fitting < kMaxSlots ? fitting : kMaxSlots;
     if (slots >= (S::kCluster ? S::kParts * teams : teams + 1)) {
-      return {.num_slots = slots, .num_teams = teams, .first_slot = Fixed::bytes(teams)};
+      return {.num_slots = slots, .num_teams = teams, .first_slot = Fixed::bytes<S>(teams)};
     }
   }
   return {.num_slots = 0, .num_teams = 0, .first_slot = 0};
 }
+
+constexpr int kLeastShared = 99 << 10;  // what a CTA may have from compute capability 8.0 on, or more
+static_assert(fit_ring<Slot<__nv_bfloat16, 1>>(kLeastShared).num_slots > 0 &&
+                  fit_ring<Slot<float, 1>>(kLeastShared).num_slots > 0,
+              "either gate runs everywhere");
 
 // Shared-memory addresses of one CTA.
 template <class S>
@@ -175,7 +185,7 @@ struct SharedMap {
   __device__ __forceinline__ uint32_t beta() const { return base + Fixed::kBeta; }
   __device__ __forceinline__ uint32_t gate() const { return base + Fixed::kGate; }
   __device__ __forceinline__ uint32_t bias() const { return base + Fixed::kBias; }
-  __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch + team * Scratch::kBytes; }
+  __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch + team * Scratch<S>::kBytes; }
 };
 
 // Where a role stands in the ring.
