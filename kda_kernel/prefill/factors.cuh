@@ -474,10 +474,17 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
       for (int tensor = 0; tensor < 2; ++tensor) {
         row_scales(to.norms(), tensor == 0 ? to.q_tile() : to.k_tile(), tensor, p.scale, p.l2norm_qk, lane);
       }
-      // The second half first: its sums wait in shared memory, where the first's are added.
+      // The second half first: its sums wait in shared memory, where the first's are added. The team's other warp may still
+      // join the last chunk, with both tiles' totals.
 #pragma unroll 1
       for (;; --to.half) {
-        sums = build_half<kGate>(p, to, shared.bias(), shared.gate(), valid, opaque(lane), [] { __syncwarp(); });
+        sums = build_half<kGate>(p, to, shared.bias(), shared.gate(), valid, opaque(lane), [&] {
+          if (to.half == 1) {
+            team.meet();
+          } else {
+            __syncwarp();
+          }
+        });
         if (to.half == 0) break;
         __syncwarp();
         park(sums, to, lane);
