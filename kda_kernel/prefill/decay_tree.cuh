@@ -43,7 +43,7 @@ struct TileFactors {
   // Room for sixteen bytes of a lane, `piece` 0 to 2: where T_inv and Aqk of the tile will be, and below them T_inv of both
   // tiles for the first, Aqk for the second.
   __device__ __forceinline__ uint32_t parking(int piece, int lane) const {
-    const uint32_t below = slot + (tile == 0 ? S::kTInv : S::kAqk) + kPairTile;
+    const uint32_t below = slot + S::kTInv + kPairTile + tile * (S::kAqk - S::kTInv);
     return (piece == 0 ? t_inv() : piece == 1 ? aqk() : below) + pair_block_rows(lane);
   }
   __device__ __forceinline__ uint32_t norms() const {

@@ -1,5 +1,5 @@
-// The factor teams: everything of a chunk that does not depend on the state, by four warps, one for each tile of 16 tokens
-// and half of the channels.
+// The factor teams: everything of a chunk that does not depend on the state, by a warp for each tile of 16 tokens, in a
+// cluster by two of them, for half of the channels each.
 //
 // Tokens i, j, channels d, G_i = sum of the log decays from the start of i's tile through i (base 2 here), G_C at the
 // tile's end, total = exp(G_C). Inside a tile:
@@ -487,7 +487,7 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
         });
         if (to.half == 0) break;
         __syncwarp();
-        park(sums, to, lane);
+        park(sums, to, opaque(lane));
       }
     } else {
       row_scales(to.norms(), to.half == 0 ? to.q_tile() : to.k_tile(), to.half, p.scale, p.l2norm_qk, lane);

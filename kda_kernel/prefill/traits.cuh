@@ -3,7 +3,7 @@
 // A CTA owns one (sequence, value head) and walks its chunks of 32 tokens, two tiles of 16, through a ring of slots:
 //
 //   load warps      q, k, g, v of a chunk into its slot                                              (load.cuh)
-//   factor teams    gate, decay tree, Akk, Aqk, T_inv: a warp per tile, teams take chunks in turn    (factors.cuh)
+//   factor teams    gate, decay tree, Akk, Aqk, T_inv: one or two warps per tile, teams in turn      (factors.cuh)
 //   state warps     S in registers, 16 rows of V each; o and the next S                              (state.cuh)
 //
 //   barrier        arrives                             waits           arrivals
@@ -14,7 +14,7 @@
 // Every lane arrives for what it has read and written itself. A slot is loaded again once its last chunk has been
 // consumed.
 //
-// With few heads, a cluster of two or four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
+// With few heads, a cluster of two to four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
 // all take chunks in turn, load their q, k and g, prepare the factors, and copy what the state needs to the other slots of
 // the same number (one ring, in step everywhere). RawReady counts a CTA's own chunks alone. There FactorsReady counts the copy's bytes, and load warps arrive in the
 // place of the team. SlotFree counts a lane of each state warp of both CTAs: a slot is free when it is free everywhere.
