@@ -16,9 +16,9 @@
 //
 // With few heads, a cluster of two to four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
 // all take chunks in turn, load their q, k and g, prepare the factors, and copy what the state needs to the other slots of
-// the same number (one ring, in step everywhere). RawReady counts a CTA's own chunks alone. There FactorsReady counts the copy's bytes, and load warps arrive in the
-// place of the team. SlotFree counts a lane of each state warp of both CTAs: a slot is free when it is free everywhere.
-// ValuesFree is each CTA's own.
+// the same number (one ring, in step everywhere). There FactorsReady counts the copy's bytes, and load warps arrive in the
+// place of the team. RawReady counts a CTA's own chunks alone. SlotFree counts a lane of each state warp of both CTAs: a
+// slot is free when it is free everywhere. ValuesFree is each CTA's own.
 //
 // A slot is reused in place: a lane of a factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
@@ -148,9 +148,9 @@ constexpr int shared_bytes(Ring ring) {
   return ring.first_slot + ring.num_slots * S::kBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes, at least one more slot than teams, in a cluster twice as many. In a
-// single CTA with a bf16 gate 4 teams and 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0), with
-// an fp32 gate 3 and 4, 2 and 3, 1 and 2; in a cluster 3 and 6, 2 and 5. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes: more slots than teams, in a cluster twice as many or more. In a
+// single CTA with a bf16 gate 4 teams and 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0),
+// with an fp32 gate 3 and 4, 2 and 3, 1 and 2; in a cluster 3 and 6, 2 and 5. No slots if it cannot be.
 template <class S>
 constexpr Ring fit_ring(int limit) {
   for (int teams = S::kMaxTeams; teams > 0; --teams) {
