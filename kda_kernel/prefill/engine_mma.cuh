@@ -55,7 +55,7 @@ struct MmaEngine {
   }
 
   // S += U^T Ksuf.
-  template <class Slot, bool kAdds>
+  template <class Slot>
   __device__ __forceinline__ void update_state(StateFragment& s, const TokenOperand& u, uint32_t slot) const {
 #pragma unroll
     for (int block = 0; block < kHeadDim / 16; ++block) {

@@ -25,16 +25,15 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
 }
 
 template <class Op, int kTiles, size_t... kIndex>
-__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool adds,
+__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b,
                                       std::index_sequence<kIndex...>) {
-  using cute::SM90::GMMA::ScaleOut;
-  Op::fma(a[0], a[1], a[2], a[3], b, d[kIndex / 4][kIndex % 4]..., adds ? ScaleOut::One : ScaleOut::Zero);
+  Op::fma(a[0], a[1], a[2], a[3], b, d[kIndex / 4][kIndex % 4]..., cute::SM90::GMMA::ScaleOut::One);
 }
 
-// D[64, 8 kTiles] += A[64, 16] B[16, 8 kTiles], or without `adds` = A B; Op is CuTe's wrapper of the instruction.
+// D[64, 8 kTiles] += A[64, 16] B[16, 8 kTiles]; Op is CuTe's wrapper of the instruction.
 template <class Op, int kTiles>
-__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool adds = true) {
-  wgmma<Op>(d, a, b, adds, std::make_index_sequence<4 * kTiles>{});
+__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+  wgmma<Op>(d, a, b, std::make_index_sequence<4 * kTiles>{});
 }
 
 // Keeps the compiler from moving a register of an unfinished product across this point.
@@ -55,10 +54,10 @@ struct WgmmaEngine {
   // at the start. S, its bf16 copy and two products in flight need 168.
   template <bool kCluster>
   static __device__ __forceinline__ void take_state_registers() {
-    cutlass::arch::warpgroup_reg_alloc<kCluster ? 184 : 168>();
+    cutlass::arch::warpgroup_reg_alloc<kCluster ? 176 : 168>();
   }
   static __device__ __forceinline__ void take_factor_registers() { cutlass::arch::warpgroup_reg_dealloc<88>(); }
-  static __device__ __forceinline__ void take_load_registers() { cutlass::arch::warpgroup_reg_dealloc<32>(); }
+  static __device__ __forceinline__ void take_load_registers() { cutlass::arch::warpgroup_reg_dealloc<40>(); }
 
   using Major = cute::SM90::GMMA::Major;
   using TokensOp = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
@@ -111,8 +110,8 @@ struct WgmmaEngine {
     cute::warpgroup_commit_batch();
   }
 
-  // Starts S += U^T Ksuf, or without kAdds = U^T Ksuf: here the tokens are the depth.
-  template <class Slot, bool kAdds>
+  // Starts S += U^T Ksuf: here the tokens are the depth.
+  template <class Slot>
   __device__ __forceinline__ void update_state(StateFragment& s, const TokenOperand& u, uint32_t slot) const {
     pin(s);
     cute::warpgroup_arrive();
@@ -120,7 +119,7 @@ struct WgmmaEngine {
     for (int tile = 0; tile < kTiles; ++tile) {
       wgmma<UpdateOp>(s, u[tile],
                       operand_descriptor<Swizzle::k128Bytes, Slot::kKsufHalf, kGroupRows>(slot + Slot::kKsuf) +
-                          tile * (kTileRows / 16), kAdds || tile > 0);
+                          tile * (kTileRows / 16));
     }
     cute::warpgroup_commit_batch();
   }

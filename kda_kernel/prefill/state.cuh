@@ -103,38 +103,16 @@ __device__ __forceinline__ void store_state(const StateFragment& s, Elem* state,
   }
 }
 
-// The decays of a lane's channels: two pairs of channels each, in the order of the tiles; `list` is the lane's own.
-struct LaneDecays {
-  float4 pairs[kChannelTiles / 2];
-
-  __device__ __forceinline__ explicit LaneDecays(uint32_t list) {
-#pragma unroll
-    for (int i = 0; i < kChannelTiles / 2; ++i) pairs[i] = load_shared_float4(list + 16 * i);
-  }
-  // Of element x of a fragment's tile n.
-  __device__ __forceinline__ float operator()(int n, int x) const {
-    const float4& pair = pairs[n / 2];
-    return n % 2 ? (x % 2 ? pair.w : pair.z) : (x % 2 ? pair.y : pair.x);
-  }
-};
-
-// S diag(total)
+// S diag(total); `list` is the lane's own list of decays.
 __device__ __forceinline__ void decay_state(StateFragment& s, uint32_t list) {
-  const LaneDecays total(list);
+  float4 total[kChannelTiles / 2];  // two pairs of channels each, in the order of the tiles
+#pragma unroll
+  for (int i = 0; i < kChannelTiles / 2; ++i) total[i] = load_shared_float4(list + 16 * i);
 #pragma unroll
   for (int n = 0; n < kChannelTiles; ++n) {
+    const float low = n % 2 ? total[n / 2].z : total[n / 2].x, high = n % 2 ? total[n / 2].w : total[n / 2].y;
 #pragma unroll
-    for (int x = 0; x < 4; ++x) s[n][x] *= total(n, x);
-  }
-}
-
-// S diag(total) + update
-__device__ __forceinline__ void decay_and_add(StateFragment& s, const StateFragment& update, uint32_t list) {
-  const LaneDecays total(list);
-#pragma unroll
-  for (int n = 0; n < kChannelTiles; ++n) {
-#pragma unroll
-    for (int x = 0; x < 4; ++x) s[n][x] = fmaf(s[n][x], total(n, x), update[n][x]);
+    for (int x = 0; x < 4; ++x) s[n][x] *= x % 2 ? high : low;
   }
 }
 
@@ -282,14 +260,8 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
     engine.wait(u, o);
     pack_tokens(operand, u);
     engine.multiply_pairs(o, operand, slot + S::kAqk);
-    // In a cluster there are registers for the update beside S: it does not wait for S to decay.
-    StateFragment update;
-    if constexpr (S::kCluster) {
-      engine.template update_state<S, false>(update, operand, slot);
-    } else {
-      decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
-      engine.template update_state<S, true>(s, operand, slot);
-    }
+    decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
+    engine.template update_state<S>(s, operand, slot);
     if (S::kCluster && token > 0) send(last.slot, kChunk);
     if constexpr (!S::kCluster) {
       const int next = token - kChunk + ahead;
@@ -301,12 +273,7 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
     last = ring;
     ring.advance(1, shared.ring.num_slots);
     ready = barrier_peek(shared.factors_ready(ring.slot), ring.parity);
-    if constexpr (S::kCluster) {
-      engine.wait(o, update);
-      decay_and_add(s, update, slot + total_lane);
-    } else {
-      engine.wait(o, s);
-    }
+    engine.wait(o, s);
     release(last.slot);
     pack_tokens(o_bf16, o);
     if (!S::kCluster) send(last.slot, sequence.length - token);

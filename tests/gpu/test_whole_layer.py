@@ -163,6 +163,7 @@ def test_decode_step_in_a_graph(forward, family):
     before = [state.clone() for state in states(graphed)]
     x = steps[:, :1].clone()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries make their workspaces outside the graph
         forward(module, x, cache_params=graphed)
     torch.cuda.synchronize()
