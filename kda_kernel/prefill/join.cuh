@@ -1,0 +1,146 @@
+// The two tiles of a chunk, each prepared for itself, made into one. (factors.cuh has the formulas.)
+#pragma once
+
+#include "common/ptx.cuh"
+#include "prefill/decay_tree.cuh"
+#include "prefill/tile.cuh"
+#include "prefill/traits.cuh"
+
+namespace kda::prefill {
+
+// Products of the second tile's tokens with the first's: [row group][column group] of eight tokens, elements as PairSums'.
+using CrossSums = float[2][2][4];
+
+template <class S>
+__device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactors<S>& to, int lane) {
+#pragma unroll 1
+  for (int half = 0; half < kHalves; ++half) {
+    const uint32_t rows = pair_rows(to, half, lane);
+    const uint32_t columns = to.slot + S::kKsuf + half * S::kKsufHalf;
+#pragma unroll
+    for (int block = 0; block < kHalfBlocks; ++block) {
+      uint32_t a[2][4], b[4];
+      ldmatrix_x4(a[0], rows ^ block * 32);
+      ldmatrix_x4(a[1], (rows ^ block * 32) + kGroupRows);
+      ldmatrix_x4(b, columns + block_rows(block, lane));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) mma_bf16(sums[r][c], a[r], b[c], b[2 + c]);
+      }
+    }
+  }
+}
+
+// A tile's rows of a panel times the other tile's decays: a lane takes a unit, lane % 16 over both halves, of every second
+// token.
+__device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint32_t total, int lane) {
+  const uint32_t first = rows + lane % 16 / 8 * half_stride + swizzled(lane / 16, lane % 8);
+  float2 pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = load_shared_float2(total + total_offset(8 * (lane % 16) + 2 * i));
+#pragma unroll
+  for (int begin = 0; begin < kTile; begin += 8) {
+    uint4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = load_shared_uint4(at_token(first, begin + 2 * i));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 value = unpack_bf16(words[w]);
+        words[w] = pack_bf16(value.x * pairs[w].x, value.y * pairs[w].y);
+      }
+      store_shared_uint4(at_token(first, begin + 2 * i), make_uint4(words[0], words[1], words[2], words[3]));
+    }
+  }
+}
+
+// The second tile against the first: Aqk, and the block of T_inv below the tiles' own inverses T_0 and T_1,
+//   -T_1 (Akk T_0) = -(M + (T_1 - I) M),   M = Akk + Akk (T_0 - I),
+// where what the unit diagonals give stays in fp32.
+template <class S>
+__device__ __forceinline__ void join_inverses(const CrossSums& sums, float beta, uint32_t slot, int lane) {
+  uint32_t a[4], first[4], second[4];
+  float m[2][4], t[2][4];  // [column group]
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float beta_row = __shfl_sync(~0u, beta, 8 * r + lane / 4);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      m[c][2 * r] = beta_row * sums[r][c][0];
+      m[c][2 * r + 1] = beta_row * sums[r][c][1];
+      a[2 * c + r] = pack_bf16(m[c][2 * r], m[c][2 * r + 1]);
+      store_shared(slot + S::kAqk + kPairTile + c * kPairUnit + r * kPairGroup + 4 * lane,
+                   pack_bf16(sums[r][c][2], sums[r][c][3]));
+    }
+  }
+  ldmatrix_x4_trans(first, slot + S::kTInv + pair_block_rows(lane));
+  ldmatrix_x4(second, slot + S::kTInv + kPairDiagonal + pair_block_rows(lane));
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    mma_bf16(m[c], a, first[2 * c], first[2 * c + 1]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) t[c][e] = m[c][e];
+    mma_bf16(t[c], second, movmatrix_trans(pack_bf16(m[c][0], m[c][1])), movmatrix_trans(pack_bf16(m[c][2], m[c][3])));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      store_shared(slot + S::kTInv + kPairTile + c * kPairUnit + r * kPairGroup + 4 * lane,
+                   pack_bf16(-t[c][2 * r], -t[c][2 * r + 1]));
+    }
+  }
+}
+
+// The three panels that take the other tile's decays.
+enum Rescaled { kFirstKsuf, kSecondQ, kSecondK };
+
+template <class S>
+__device__ __forceinline__ void rescale(Rescaled what, const TileFactors<S>& to, int lane) {
+  const uint32_t rows = what == kFirstKsuf ? S::kKsuf : (what == kSecondQ ? S::kQ : S::kK) + kTileRows;
+  scale_rows(to.slot + rows, what == kFirstKsuf ? S::kKsufHalf : kHalfBytes, to.total(what == kFirstKsuf ? 1 : 0), lane);
+}
+
+// The decays of the whole chunk.
+template <class S>
+__device__ __forceinline__ void join_totals(const TileFactors<S>& to, int lane) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 64; ++i) {
+    const uint32_t place = total_offset(2 * (lane + 32 * i));
+    const float2 first = load_shared_float2(to.total(0) + place), second = load_shared_float2(to.total(1) + place);
+    store_shared_float2(to.slot + S::kTotal + place, first.x * second.x, first.y * second.y);
+  }
+}
+
+// What the tiles need of each other, in two steps with a meeting between them. With four warps the second halves' have the
+// products between the tiles and what follows from them. (That they also rescale while the first halves' invert was slower.)
+template <class S, class Team>
+__device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, float beta, int lane, const Team& team) {
+  CrossSums cross = {};
+  if constexpr (S::kWholeTiles) {
+    finish_tile(sums, to, beta, lane);
+    if (to.tile == 1) multiply_cross(cross, to, lane);
+    team.meet();  // the products between the tiles are made, and T_inv of both
+    if (to.tile == 1) join_inverses<S>(cross, beta, to.slot, lane);
+#pragma unroll 1
+    for (int what = kFirstKsuf; what <= kSecondK; ++what) {
+      if ((what == kSecondK) == (to.tile == 1)) rescale(static_cast<Rescaled>(what), to, opaque(lane));
+    }
+    if (to.tile == 0) join_totals(to, lane);
+  } else {
+    if (to.half == 0) {
+      finish_tile(sums, to, beta, lane);
+    } else if (to.tile == 1) {
+      multiply_cross(cross, to, lane);
+    }
+    team.meet();  // the same
+    if (to.half == 1 && to.tile == 1) {
+      join_inverses<S>(cross, beta, to.slot, lane);
+      return;
+    }
+    rescale(to.half == 1 ? kSecondQ : to.tile == 1 ? kSecondK : kFirstKsuf, to, lane);
+    if (to.half == 0 && to.tile == 0) join_totals(to, lane);
+  }
+}
+
+}  // namespace kda::prefill

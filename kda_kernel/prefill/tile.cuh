@@ -1,0 +1,255 @@
+// A tile of 16 tokens for itself: its norms, decays and products, and the inverse of its triangular system. (factors.cuh has
+// the formulas.)
+#pragma once
+
+#include "common/gate.cuh"
+#include "common/ptx.cuh"
+#include "prefill/decay_tree.cuh"
+#include "prefill/traits.cuh"
+
+namespace kda::prefill {
+
+constexpr float kL2NormEpsilon = 1e-6f;  // x * rsqrt(sum x^2 + eps), the models' own
+
+// How far G_C may fall, in powers of 2, for the bounded way: k exp(-G) must not overflow (2^127) and q exp(G) must
+// keep its bits (2^-126 and below lose them). Normalised k and q are at most 1 and leave room for lower_bound = -5 at
+// every token, 16 * 5 / ln 2 = 115.4; for others the room is shared between the gate and the values.
+constexpr float kBoundNormalised = -116.0f;
+constexpr float kBoundRaw = -64.0f;
+
+// The diagonal of an 8 x 8 product lies in the lanes whose row lane / 4 is one of their columns 2 (lane % 4) + x.
+__device__ __forceinline__ bool on_diagonal(int lane) { return lane / 8 == lane % 4; }
+__device__ __forceinline__ int diagonal_column(int lane) { return lane / 4 % 2; }
+
+// Per token the factor on q (tensor 0) or on k (1), with its norm: sums of squares are the diagonal of x x^T. `rows` are
+// the tile's.
+__device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int tensor, float scale, bool l2norm, int lane) {
+  const float factor = tensor == 0 ? scale : 1.0f;
+  const uint32_t place = norms + tensor * 4;
+  if (!l2norm) {
+    if (lane < kTile) store_shared_float(place + lane * 8, factor);
+    return;
+  }
+  float squares[2][4] = {};  // [token group]: all tokens against the group's
+#pragma unroll
+  for (int block = 0; block < kHalves * kHalfBlocks; ++block) {
+    uint32_t x[4];
+    ldmatrix_x4(x, rows + block / kHalfBlocks * kHalfBytes + block_rows(block % kHalfBlocks, lane));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) mma_bf16(squares[r], x, x[r], x[2 + r]);
+  }
+  if (on_diagonal(lane)) {
+    const int x = diagonal_column(lane);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float square = x ? squares[r][2 * r + 1] : squares[r][2 * r];
+      store_shared_float(place + (8 * r + lane / 4) * 8, factor * rsqrtf(square + kL2NormEpsilon));
+    }
+  }
+}
+
+// The address of token t's row, given that of token 0's: the swizzle moves a lane's unit with the token.
+__device__ __forceinline__ uint32_t at_token(uint32_t first, int t) { return (first ^ t % 8 * 16) + t * kRowBytes; }
+
+// G of a lane's two channels after each token; tokens past the end change nothing. `gate` is their place at token 0.
+template <GateKind kGate, class S>
+__device__ __forceinline__ void accumulate_gate(float2 (&G)[kTile], uint32_t gate, float2 bias, const GateScale& scale,
+                                                int valid) {
+  // All loads first: the tokens' activations then overlap, and only the sums form a chain.
+  if constexpr (sizeof(typename S::GElem) == 2) {
+    uint32_t packed[kTile];
+#pragma unroll
+    for (int t = 0; t < kTile; ++t) packed[t] = load_shared(at_token(gate, t));
+#pragma unroll
+    for (int t = 0; t < kTile; ++t) G[t] = unpack_bf16(packed[t]);
+  } else {
+#pragma unroll
+    for (int t = 0; t < kTile; ++t) G[t] = load_shared_float2(at_token(gate, t));
+  }
+#pragma unroll
+  for (int t = 0; t < kTile; ++t) {
+    G[t].x = activate_gate<kGate>(G[t].x, bias.x, scale);
+    G[t].y = activate_gate<kGate>(G[t].y, bias.y, scale);
+  }
+  if (valid < kTile) {
+#pragma unroll
+    for (int t = 0; t < kTile; ++t) {
+      if (t >= valid) G[t] = {0.0f, 0.0f};
+    }
+  }
+  G[0] = {scale.output * G[0].x, scale.output * G[0].y};
+#pragma unroll
+  for (int t = 1; t < kTile; ++t) {
+    G[t].x = fmaf(scale.output, G[t].x, G[t - 1].x);
+    G[t].y = fmaf(scale.output, G[t].y, G[t - 1].y);
+  }
+}
+
+// The bounded way: a lane holds a pair of channels for all tokens and replaces in place; `pair` is its place at token 0 in
+// half a panel.
+template <class S>
+__device__ __forceinline__ void scale_pairs(const float2 (&G)[kTile], const TileFactors<S>& to, float2 total,
+                                            uint32_t pair) {
+  const uint32_t q = to.q() + pair, k_suf = to.k_suf() + pair;
+  const uint32_t k_inverse = to.inverse() + pair, norms = to.norms();
+  constexpr int kFromQToK = S::kK - S::kQ;
+  constexpr int kAhead = 3;  // tokens whose loads are on their way
+  uint32_t k_packed[kAhead], q_packed[kAhead];
+  float2 norm[kAhead];  // q, k
+  const auto load = [&](int t) {
+    k_packed[t % kAhead] = load_shared(at_token(q, t) + kFromQToK);
+    q_packed[t % kAhead] = load_shared(at_token(q, t));
+    norm[t % kAhead] = load_shared_float2(norms + t * 8);
+  };
+#pragma unroll
+  for (int t = 0; t < kAhead; ++t) load(t);
+#pragma unroll
+  for (int t = 0; t < kTile; ++t) {
+    float2 k_t = unpack_bf16(k_packed[t % kAhead]), q_t = unpack_bf16(q_packed[t % kAhead]);
+    const float2 norm_t = norm[t % kAhead];
+    if (t + kAhead < kTile) load(t + kAhead);
+    k_t = {k_t.x * norm_t.y, k_t.y * norm_t.y};
+    q_t = {q_t.x * norm_t.x, q_t.y * norm_t.x};
+    const float2 pre = {exp2_approx(G[t].x), exp2_approx(G[t].y)};
+    const float2 inverse = {k_t.x * exp2_approx(-G[t].x), k_t.y * exp2_approx(-G[t].y)};
+    store_shared(at_token(k_inverse, t), pack_bf16(inverse.x, inverse.y));
+    store_shared(at_token(k_suf, t), pack_bf16(inverse.x * total.x, inverse.y * total.y));
+    store_shared(at_token(q, t) + kFromQToK, pack_bf16(k_t.x * pre.x, k_t.y * pre.y));
+    store_shared(at_token(q, t), pack_bf16(q_t.x * pre.x, q_t.y * pre.y));
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void park(const PairSums& sums, const TileFactors<S>& to, int lane) {
+  store_shared_float4(to.parking(0, lane), sums.group[0]);
+  store_shared_float4(to.parking(1, lane), sums.group[1]);
+  store_shared_float4(to.parking(2, lane), sums.across);
+}
+
+template <class S>
+__device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<S>& to, int lane) {
+#pragma unroll
+  for (int piece = 0; piece < 3; ++piece) {
+    const float4 x = load_shared_float4(to.parking(piece, lane));
+    float(&sum)[4] = piece < 2 ? sums.group[piece] : sums.across;
+    sum[0] += x.x;
+    sum[1] += x.y;
+    sum[2] += x.z;
+    sum[3] += x.w;
+  }
+}
+
+// Where a lane finds its row of the A operand of a pair product in half a panel: k and q of the same eight tokens, columns
+// 0-7, then 8-15.
+template <class S>
+__device__ __forceinline__ uint32_t pair_rows(const TileFactors<S>& to, int half, int lane) {
+  return (lane / 8 % 2 ? to.q_tile() : to.k_tile()) + half * kHalfBytes + swizzled(lane % 8, lane / 16);
+}
+
+// Products inside a tile over half the channels: [Kpre; Qpre] of eight tokens against k exp(-G) of eight.
+template <class S>
+__device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors<S>& to, int lane) {
+  const uint32_t rows = pair_rows(to, to.half, lane);
+#pragma unroll
+  for (int block = 0; block < kHalfBlocks; ++block) {
+    uint32_t low[4], high[4], b[4];
+    ldmatrix_x4(low, rows ^ block * 32);
+    ldmatrix_x4(high, (rows ^ block * 32) + kGroupRows);
+    ldmatrix_x4(b, to.inverse() + block_rows(block, lane));
+    mma_bf16(sums.group[0], low, b[0], b[2]);
+    mma_bf16(sums.group[1], high, b[1], b[3]);
+    mma_bf16(sums.across, high, b[0], b[2]);
+  }
+}
+
+// Aqk to its tile in bf16; Akk, transposed, to the scratch in fp32.
+__device__ __forceinline__ void store_pairs(const PairSums& sums, float beta, uint32_t aqk, uint32_t akk, int lane) {
+  const int row = lane / 4, pair = 2 * (lane % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float beta_row = __shfl_sync(~0u, beta, 8 * r + row);
+    float qk[2];
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      const int column = pair + x;
+      qk[x] = column <= row ? sums.group[r][2 + x] : 0.0f;
+      store_shared_float(akk + ((8 * r + column) * kScratchRow + 8 * r + row) * 4,
+                         column < row ? beta_row * sums.group[r][x] : 0.0f);
+      if (r == 1) store_shared_float(akk + (column * kScratchRow + 8 + row) * 4, beta_row * sums.across[x]);
+    }
+    store_shared(aqk + 4 * lane + r * (kPairUnit + kPairGroup), pack_bf16(qk[0], qk[1]));
+  }
+  store_shared(aqk + 4 * lane + kPairGroup, pack_bf16(sums.across[2], sums.across[3]));
+  store_shared(aqk + 4 * lane + kPairUnit, 0);
+}
+
+// T_inv = (I + Akk)^-1 of a tile by forward substitution in fp32, a column per lane (twice over the warp). The unit
+// diagonal stays out of the bf16 tile: the state warps add that part in fp32.
+__device__ __forceinline__ void invert(uint32_t t_inv, uint32_t akk, int lane) {
+  const int column = lane % kTile;
+  float x[kTile];
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kTile - 1; ++i) {
+#pragma unroll
+    for (int four = (i + 1) / 4; four < kTile / 4; ++four) {
+      const float4 below = load_shared_float4(akk + (i * kScratchRow + 4 * four) * 4);
+      const float values[4] = {below.x, below.y, below.z, below.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (4 * four + j > i) x[4 * four + j] -= values[j] * x[i];
+      }
+    }
+  }
+  if (lane < kTile) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const float value = i == column ? 0.0f : x[i];
+      store_shared_u16(t_inv + column / 8 * kPairUnit + i * 16 + column % 8 * 2,
+                       __bfloat16_as_ushort(__float2bfloat16_rn(value)));
+    }
+  }
+}
+
+// Half the channels of a tile for themselves: q, k, g in the slot become Qpre, Kpre, Ksuf, the decays go to the scratch, the
+// products are returned. `meet` is called once the warp has read q, k and g.
+template <GateKind kGate, class S, class Meet>
+__device__ __forceinline__ PairSums build_half(const PrefillParams& p, const TileFactors<S>& to, uint32_t bias,
+                                               uint32_t gate, int valid, int lane, Meet meet) {
+  const float bound = p.l2norm_qk ? kBoundNormalised : kBoundRaw;
+  const int channel = to.half * kHalfChannels + 2 * lane;
+  // The lane's pair of channels in its first row: fp32 rows hold half as many.
+  const uint32_t pair = lane / 4 * 16 + lane % 4 * 4;
+  const uint32_t gate_pair = sizeof(typename S::GElem) == 2 ? pair : lane / 16 * kHalfBytes + lane % 16 * 8;
+  const float2 scale = load_shared_float2(gate);
+  const GateScale gate_scale{.input = scale.x, .output = scale.y};
+  float2 G[kTile];
+  accumulate_gate<kGate, S>(G, to.gate() + gate_pair, load_shared_float2(bias + channel * 4), gate_scale, valid);
+  meet();  // the norms stand, q and k have been read for them; every lane has its gate; the scratch may be written
+  PairSums sums;
+  const float2 log2_total = G[kTile - 1];
+  if (__all_sync(~0u, log2_total.x >= bound && log2_total.y >= bound)) {
+    const float2 total = {exp2_approx(log2_total.x), exp2_approx(log2_total.y)};
+    store_shared_float2(to.total(to.tile) + total_offset(channel), total.x, total.y);
+    scale_pairs(G, to, total, pair);
+    __syncwarp();
+    multiply_pairs(sums, to, lane);
+  } else {
+    decay_tree<kGate, S>(sums, to, bias + to.half * kHalfChannels * 4, gate_scale, valid, lane);
+  }
+  return sums;
+}
+
+// Aqk of a tile in its place, T_inv of a tile in its place, from the products of both halves of the channels.
+template <class S>
+__device__ __forceinline__ void finish_tile(PairSums& sums, const TileFactors<S>& to, float beta, int lane) {
+  add_parked(sums, to, lane);
+  __syncwarp();  // every lane has its sums: Aqk takes their place
+  store_pairs(sums, beta, to.aqk(), to.akk(), lane);
+  if (lane < kTile) store_shared_float(to.beta() + lane * 4, beta);
+  __syncwarp();
+  invert(to.t_inv(), to.akk(), lane);
+}
+
+}  // namespace kda::prefill
