@@ -37,7 +37,7 @@ constexpr int kTiles = 2;  // of a chunk; the state chain's latency and its work
 constexpr int kChunk = kTiles * kTile;
 constexpr int kRowsPerStateWarp = 16;  // of V: one MMA tile
 
-// More slots than this no longer hide anything: four being prepared, the others loading or waiting to be consumed.
+// Barriers are laid out for so many: all that 227 KB hold.
 constexpr int kMaxSlots = 6;
 
 // A bf16 panel [32 tokens, 128 columns] lies in shared memory as two halves of 64 columns, a row of 128 bytes per token,
