@@ -24,6 +24,7 @@ newer, whose module `fla.backends` holds the contract that `Backend` fulfils.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 
@@ -72,16 +73,17 @@ class _Switched(BaseBackend):
 class Backend(_Switched):
     """What FLA's dispatcher asks about a call of `fla.ops.kda.chunk_kda`, and where it sends it.
 
-    `chunk_kda_verifier` says whether the kernel serves a call. The attribute `chunk_kda` is the kernel
-    package's own function, so a call that is taken passes through nothing else of ours.
+    `verify` says whether the kernel serves a call. The attribute `chunk_kda` is the kernel package's own
+    function, so a call that is taken passes through nothing else of ours.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.chunk_kda = None if self.load.module is None else self.load.module.chunk_kda
 
-    def chunk_kda_verifier(
+    def verify(
         self,
+        function_name: str,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -113,26 +115,37 @@ class Backend(_Switched):
     ) -> tuple[bool, str | None]:
         """(True, None) for a call that the kernel serves, else (False, why not).
 
-        Takes the arguments of `fla.ops.kda.chunk_kda`. Shapes are not looked at beyond K and V: the kernel's
-        own checks name what is wrong with them.
+        Takes the arguments of `fla.ops.kda.chunk_kda` behind its name, by themselves: the inherited method
+        packs them into a tuple and a dictionary and unpacks them again for `chunk_kda_verifier`, which takes
+        a microsecond. Shapes are not looked at beyond K and V: the kernel's own checks name what is wrong
+        with them.
         """
         if not use_gate_in_kernel:
             A_log = dt_bias = None
-        if self.load.module is None:
-            reason = f"no kernel: {self.load.reason}"
-        elif cp_context is not None:
-            reason = "cp_context: context parallelism is not supported"
-        elif return_intermediate_states and chunk_size != intermediate.STEP:
-            reason = f"chunk_size: {chunk_size} with return_intermediate_states, which are kept every {intermediate.STEP}"
-        elif use_graph:
-            reason = "use_graph: padding behind the last sequence is not supported"
-        elif unknown:
-            reason = f"unknown arguments: {', '.join(sorted(unknown))}"
-        elif lower_bound is not None and not LOWER_BOUND_MIN <= lower_bound <= 0.0:
-            reason = f"lower_bound: {lower_bound} is outside [-5, 0]"
-        else:
-            reason = reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state)
+        try:
+            if self.chunk_kda is None:
+                reason = f"no kernel: {self.load.reason}"
+            elif cp_context is not None:
+                reason = "cp_context: context parallelism is not supported"
+            elif return_intermediate_states and chunk_size != intermediate.STEP:
+                reason = (
+                    f"chunk_size: {chunk_size} with return_intermediate_states, "
+                    f"which are kept every {intermediate.STEP}"
+                )
+            elif use_graph:
+                reason = "use_graph: padding behind the last sequence is not supported"
+            elif unknown:
+                reason = f"unknown arguments: {', '.join(sorted(unknown))}"
+            elif lower_bound is not None and not LOWER_BOUND_MIN <= lower_bound <= 0.0:
+                reason = f"lower_bound: {lower_bound} is outside [-5, 0]"
+            else:
+                reason = reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state)
+        except Exception as error:  # noqa: BLE001  of arguments of other types: what is wrong FLA's function says
+            return False, str(error)
         return self.answer("chunk_kda", reason)
+
+    # the name under which the inherited method would look for it
+    chunk_kda_verifier = functools.partialmethod(verify, "chunk_kda")
 
 
 class DecodeBackend(_Switched):
@@ -171,7 +184,7 @@ class DecodeBackend(_Switched):
         out: torch.Tensor | None = None,
         **unknown: object,
     ) -> tuple[bool, str | None]:
-        """(True, None) for a call that the kernel serves, else (False, why not), as `chunk_kda_verifier`."""
+        """(True, None) for a call that the kernel serves, else (False, why not), as `Backend.verify`."""
         if not use_gate_in_kernel:
             A_log = dt_bias = None
         pooled = ssm_state_indices is not None
