@@ -227,13 +227,19 @@ class DecodeBackend(_Switched):
     def fused_recurrent_kda_fwd(
         self, q, k, v, g, beta, A_log=None, dt_bias=None, initial_state=None, scale=None,
         output_final_state=False, inplace_final_state=True, state_v_first=False, cu_seqlens=None,
-        ssm_state_indices=None, num_accepted_tokens=None, **options,
+        ssm_state_indices=None, num_accepted_tokens=None, use_qk_l2norm_in_kernel=False,
+        use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, lower_bound=None,
+        out=None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """FLA's order of arguments and its default, in place, handed on to the kernel package."""
+        """FLA's order of arguments and its default, in place, handed on to the kernel package.
+
+        All are written out: a dictionary of options would be made and taken apart at each call.
+        """
         return self.kernel(
-            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
-            state_v_first=state_v_first, cu_seqlens=cu_seqlens, inplace_final_state=inplace_final_state,
-            ssm_state_indices=ssm_state_indices, num_accepted_tokens=num_accepted_tokens, **options,
+            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+            use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first,
+            cu_seqlens, inplace_final_state=inplace_final_state, ssm_state_indices=ssm_state_indices,
+            num_accepted_tokens=num_accepted_tokens, out=out,
         )  # fmt: skip
 
 
