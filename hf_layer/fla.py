@@ -24,6 +24,7 @@ newer, whose module `fla.backends` holds the contract that `Backend` fulfils.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 
@@ -39,15 +40,22 @@ from .reference import LOWER_BOUND_MIN
 __all__ = ["Backend", "DecodeBackend", "register", "unregister"]
 
 TAKEN = "-> flashkda"
+SWITCH = "FLA_FLASH_KDA"
 
 logger = logging.getLogger(__name__)
+
+# os.environ takes 0.8 us to say that a variable is not set (by an exception inside), its dictionary none.
+if hasattr(os.environ, "_data"):
+    _variables, _switch, _off = os.environ._data, os.environ.encodekey(SWITCH), os.environ.encodevalue("0")
+else:
+    _variables, _switch, _off = os.environ, SWITCH, "0"
 
 
 class _Switched(BaseBackend):
     """What both backends share: the switch, the kernel and the log."""
 
     backend_type = "flashkda"
-    env_var = "FLA_FLASH_KDA"
+    env_var = SWITCH
     priority = 2  # before FLA's own backend for the module flash_kda, which has 3
     registered = False
 
@@ -55,16 +63,20 @@ class _Switched(BaseBackend):
         super().__init__()
         self.load = load_kernel()
         self.said: set[str] = set()
+        self.said_taken = False
 
     def is_enabled(self) -> bool:
         """Asked at every call, so that the environment variable acts at any time."""
-        return _Switched.registered and os.environ.get(self.env_var) != "0"
+        return _Switched.registered and _variables.get(_switch) != _off
 
     def answer(self, function: str, reason: str | None) -> tuple[bool, str | None]:
         """The verifier's answer, which is also written to the log, once."""
+        if reason is None and self.said_taken:  # a backend takes calls of one function
+            return True, None
         line = f"kda.{function} {TAKEN if reason is None else f'rejected: {reason}'}"
         if line not in self.said:
             self.said.add(line)
+            self.said_taken |= reason is None
             logger.info("[FLA Backend] %s", line)
         return reason is None, reason
 
@@ -72,16 +84,17 @@ class _Switched(BaseBackend):
 class Backend(_Switched):
     """What FLA's dispatcher asks about a call of `fla.ops.kda.chunk_kda`, and where it sends it.
 
-    `chunk_kda_verifier` says whether the kernel serves a call. The attribute `chunk_kda` is the kernel
-    package's own function, so a call that is taken passes through nothing else of ours.
+    `verify` says whether the kernel serves a call. The attribute `chunk_kda` is the kernel package's own
+    function, so a call that is taken passes through nothing else of ours.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.chunk_kda = None if self.load.module is None else self.load.module.chunk_kda
 
-    def chunk_kda_verifier(
+    def verify(
         self,
+        function_name: str,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -113,26 +126,37 @@ class Backend(_Switched):
     ) -> tuple[bool, str | None]:
         """(True, None) for a call that the kernel serves, else (False, why not).
 
-        Takes the arguments of `fla.ops.kda.chunk_kda`. Shapes are not looked at beyond K and V: the kernel's
-        own checks name what is wrong with them.
+        Takes the arguments of `fla.ops.kda.chunk_kda` behind its name, by themselves: the inherited method
+        packs them into a tuple and a dictionary and unpacks them again for `chunk_kda_verifier`, which takes
+        a microsecond. Shapes are not looked at beyond K and V: the kernel's own checks name what is wrong
+        with them.
         """
         if not use_gate_in_kernel:
             A_log = dt_bias = None
-        if self.load.module is None:
-            reason = f"no kernel: {self.load.reason}"
-        elif cp_context is not None:
-            reason = "cp_context: context parallelism is not supported"
-        elif return_intermediate_states and chunk_size != intermediate.STEP:
-            reason = f"chunk_size: {chunk_size} with return_intermediate_states, which are kept every {intermediate.STEP}"
-        elif use_graph:
-            reason = "use_graph: padding behind the last sequence is not supported"
-        elif unknown:
-            reason = f"unknown arguments: {', '.join(sorted(unknown))}"
-        elif lower_bound is not None and not LOWER_BOUND_MIN <= lower_bound <= 0.0:
-            reason = f"lower_bound: {lower_bound} is outside [-5, 0]"
-        else:
-            reason = reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state)
+        try:
+            if self.chunk_kda is None:
+                reason = f"no kernel: {self.load.reason}"
+            elif cp_context is not None:
+                reason = "cp_context: context parallelism is not supported"
+            elif return_intermediate_states and chunk_size != intermediate.STEP:
+                reason = (
+                    f"chunk_size: {chunk_size} with return_intermediate_states, "
+                    f"which are kept every {intermediate.STEP}"
+                )
+            elif use_graph:
+                reason = "use_graph: padding behind the last sequence is not supported"
+            elif unknown:
+                reason = f"unknown arguments: {', '.join(sorted(unknown))}"
+            elif lower_bound is not None and not LOWER_BOUND_MIN <= lower_bound <= 0.0:
+                reason = f"lower_bound: {lower_bound} is outside [-5, 0]"
+            else:
+                reason = reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state)
+        except Exception as error:  # of arguments of other types: FLA's function has its own word for them
+            return False, str(error)
         return self.answer("chunk_kda", reason)
+
+    # the name under which the inherited method would look for it
+    chunk_kda_verifier = functools.partialmethod(verify, "chunk_kda")
 
 
 class DecodeBackend(_Switched):
@@ -171,7 +195,7 @@ class DecodeBackend(_Switched):
         out: torch.Tensor | None = None,
         **unknown: object,
     ) -> tuple[bool, str | None]:
-        """(True, None) for a call that the kernel serves, else (False, why not), as `chunk_kda_verifier`."""
+        """(True, None) for a call that the kernel serves, else (False, why not), as `Backend.verify`."""
         if not use_gate_in_kernel:
             A_log = dt_bias = None
         pooled = ssm_state_indices is not None
@@ -203,13 +227,19 @@ class DecodeBackend(_Switched):
     def fused_recurrent_kda_fwd(
         self, q, k, v, g, beta, A_log=None, dt_bias=None, initial_state=None, scale=None,
         output_final_state=False, inplace_final_state=True, state_v_first=False, cu_seqlens=None,
-        ssm_state_indices=None, num_accepted_tokens=None, **options,
+        ssm_state_indices=None, num_accepted_tokens=None, use_qk_l2norm_in_kernel=False,
+        use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, lower_bound=None,
+        out=None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """FLA's order of arguments and its default, in place, handed on to the kernel package."""
+        """FLA's order of arguments and its default, in place, handed on to the kernel package.
+
+        All are written out: a dictionary of options would be made and taken apart at each call.
+        """
         return self.kernel(
-            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
-            state_v_first=state_v_first, cu_seqlens=cu_seqlens, inplace_final_state=inplace_final_state,
-            ssm_state_indices=ssm_state_indices, num_accepted_tokens=num_accepted_tokens, **options,
+            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+            use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first,
+            cu_seqlens, inplace_final_state=inplace_final_state, ssm_state_indices=ssm_state_indices,
+            num_accepted_tokens=num_accepted_tokens, out=out,
         )  # fmt: skip
 
 

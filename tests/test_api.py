@@ -320,6 +320,41 @@ def test_convolution_layout_is_copied_once(kernel_package, api, monkeypatch):
     assert o.is_contiguous()
 
 
+def test_out_is_contiguous_where_v_is_a_slice(kernel_package, api, monkeypatch):
+    calls = []
+    monkeypatch.setattr(api, "reference_reason", lambda *inputs: None)
+    monkeypatch.setattr(api, "kda_prefill", lambda *args: calls.append(args))
+    kwargs = make_inputs("zero", 2, 20, 2)
+    kwargs["v"] = torch.cat([kwargs["v"]] * 2, dim=2)[:, :, 1:3]
+    o, _ = kernel_package.chunk_kda(**kwargs)
+    assert calls[0][2] is kwargs["v"]
+    assert o.is_contiguous() and o.shape == kwargs["v"].shape and o.dtype == kwargs["v"].dtype
+
+
+@pytest.mark.parametrize("eager_first", [False, True])
+def test_asking_for_the_architecture_makes_one_graph(api, monkeypatch, eager_first):
+    class Properties:
+        major = 9
+
+    graphs = []
+    monkeypatch.setattr(api, "_sm_majors", {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(x):
+        return x + api._sm_major(x.get_device())
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=keep, fullgraph=True)
+    x = torch.zeros(3)
+    order = (step, compiled, compiled) if eager_first else (compiled, step, compiled)
+    assert [call(x).tolist() for call in order] == [[9.0] * 3] * 3
+    assert len(graphs) == 1 and list(api._sm_majors.values()) == [9]
+
+
 def test_kernel_call_compiles_to_one_graph(kernel_package, api, monkeypatch):
     # CPU tensors stand in for CUDA's: tracing needs the operator's fake, and the graph is never run
     graphs = []

@@ -199,6 +199,14 @@ def test_hands_back_training(fla):
         assert fla.chunk_kda(**arguments) == "kernel"
 
 
+@pytest.mark.parametrize("changes", [dict(k=None), dict(g=1.0), dict(lower_bound="-5")], ids=str)
+def test_what_is_wrong_with_other_types_fla_says(fla, changes):
+    fla.module.register()
+    with torch.inference_mode():
+        assert fla.chunk_kda(**call(**changes)) == "fla"
+    assert not fla.taken
+
+
 def test_a_gate_parameter_that_does_not_act_is_no_training(fla):
     fla.module.register()
     A_log = torch.zeros(H, device="cuda", requires_grad=True)

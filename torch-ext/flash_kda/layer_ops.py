@@ -105,7 +105,7 @@ def _serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         and x.dtype in QKV_DTYPES[device_type]
         and all(t is None or (t.device == x.device and t.dtype in PARAMETER_DTYPES) for t in others)
         and not _needs_grad(x, *others)
-        and (device_type == "cpu" or _sm_major(x.device) >= MIN_SM_MAJOR)
+        and (device_type == "cpu" or _sm_major(x.get_device()) >= MIN_SM_MAJOR)
     )
 
 
