@@ -40,15 +40,15 @@ from .reference import LOWER_BOUND_MIN
 __all__ = ["Backend", "DecodeBackend", "register", "unregister"]
 
 TAKEN = "-> flashkda"
-SWITCH = "FLA_FLASH_KDA"
 
 logger = logging.getLogger(__name__)
+
 
 class _Switched(BaseBackend):
     """What both backends share: the switch, the kernel and the log."""
 
     backend_type = "flashkda"
-    env_var = SWITCH
+    env_var = "FLA_FLASH_KDA"
     priority = 2  # before FLA's own backend for the module flash_kda, which has 3
     registered = False
 
@@ -60,7 +60,7 @@ class _Switched(BaseBackend):
 
     def is_enabled(self) -> bool:
         """Asked at every call, so that the environment variable acts at any time."""
-        return _Switched.registered and os.environ.get(SWITCH) != "0"
+        return _Switched.registered and os.environ.get(self.env_var) != "0"
 
     def answer(self, function: str, reason: str | None) -> tuple[bool, str | None]:
         """The verifier's answer, which is also written to the log, once."""

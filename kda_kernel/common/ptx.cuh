@@ -179,26 +179,7 @@ __device__ __forceinline__ void barrier_arrive_after_cp_async(uint32_t barrier) 
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// True once the phase of that parity has completed.
-__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-#else
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-#endif
-  return done != 0;
-}
-
-// The same at once, where barrier_test may wait a while.
+// Has the phase of that parity completed?
 __device__ __forceinline__ bool barrier_peek(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -207,6 +188,21 @@ __device__ __forceinline__ bool barrier_peek(uint32_t barrier, uint32_t parity) 
       : "r"(barrier), "r"(parity)
       : "memory");
   return done != 0;
+}
+
+// The same, but where the hardware can wait a while for it, it does.
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+#else
+  return barrier_peek(barrier, parity);
+#endif
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {

@@ -103,6 +103,27 @@ __device__ __forceinline__ void store_state(const StateFragment& s, Elem* state,
   }
 }
 
+// From and to a tensor of states, at the head's first element, where there is one.
+__device__ __forceinline__ void read_initial_state(StateFragment& s, const StateTensor& state, int64_t offset,
+                                                   int first_row, int lane) {
+  if (state.data == nullptr) return;
+  if (state.dtype == FloatKind::kFloat32) {
+    load_state(s, static_cast<const float*>(state.data) + offset, state.v_first, first_row, lane);
+  } else {
+    load_state(s, static_cast<const __nv_bfloat16*>(state.data) + offset, state.v_first, first_row, lane);
+  }
+}
+
+__device__ __forceinline__ void write_final_state(const StateFragment& s, const StateTensor& state, int64_t offset,
+                                                  int first_row, int lane) {
+  if (state.data == nullptr) return;
+  if (state.dtype == FloatKind::kFloat32) {
+    store_state(s, static_cast<float*>(state.data) + offset, state.v_first, first_row, lane);
+  } else {
+    store_state(s, static_cast<__nv_bfloat16*>(state.data) + offset, state.v_first, first_row, lane);
+  }
+}
+
 // S diag(total); `list` is the lane's own list of decays.
 __device__ __forceinline__ void decay_state(StateFragment& s, uint32_t list) {
   float4 total[kChannelTiles / 2];  // two pairs of channels each, in the order of the tiles
@@ -191,15 +212,7 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   }
 
   StateFragment s = {};
-  if (p.initial_state.data != nullptr) {
-    if (p.initial_state.dtype == FloatKind::kFloat32) {
-      load_state(s, static_cast<const float*>(p.initial_state.data) + state_offset, p.initial_state.v_first,
-                 first_row, lane);
-    } else {
-      load_state(s, static_cast<const __nv_bfloat16*>(p.initial_state.data) + state_offset, p.initial_state.v_first,
-                 first_row, lane);
-    }
-  }
+  read_initial_state(s, p.initial_state, state_offset, first_row, lane);
 
   // The warp's two units of v and o in this CTA's part of them.
   const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
@@ -280,12 +293,7 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   }
   if (S::kCluster && sequence.length > 0) send(last.slot, (sequence.length - 1) % kChunk + 1);
 
-  if (p.final_state.data == nullptr) return;
-  if (p.final_state.dtype == FloatKind::kFloat32) {
-    store_state(s, static_cast<float*>(p.final_state.data) + state_offset, p.final_state.v_first, first_row, lane);
-  } else {
-    store_state(s, static_cast<__nv_bfloat16*>(p.final_state.data) + state_offset, p.final_state.v_first, first_row, lane);
-  }
+  write_final_state(s, p.final_state, state_offset, first_row, lane);
 }
 
 }  // namespace kda::prefill
