@@ -273,12 +273,11 @@ __device__ __forceinline__ void store_remote(int cta, uint32_t target, float x, 
                : "memory");
 }
 
-// Copies to the same place of another CTA's shared memory; the bytes count for that CTA's barrier. One thread calls; what
-// it copies has been fenced for the async proxy.
-__device__ __forceinline__ void copy_to_remote(int cta, uint32_t address, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   remote_address(address, cta)),
-               "r"(address), "r"(bytes), "r"(remote_address(barrier, cta))
+// Copies to another CTA's shared memory; the bytes count for a barrier there. `target` and `barrier` are remote_address()es.
+// One thread calls; what it copies has been fenced for the async proxy.
+__device__ __forceinline__ void copy_to_remote(uint32_t target, uint32_t source, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "r"(source), "r"(bytes), "r"(barrier)
                : "memory");
 }
 

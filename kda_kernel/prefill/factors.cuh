@@ -35,26 +35,27 @@ __device__ __forceinline__ float beta_value(const PrefillParams& p, uint32_t bit
   return activate_beta(beta, p.sigmoid_beta, p.neg_eigval);
 }
 
-// A chunk's factors on their way to the other CTAs that hold rows of S: those that the join leaves as they are, Qpre and
-// Kpre of the first tile and Ksuf of the second, while it goes on, and all others after it.
-enum Pieces { kEarlyPieces, kLatePieces };
-
+// A chunk's factors on their way from an own slot to the other CTAs that hold rows of S, once there is a place for them: half
+// a warp for each. `round` counts the rounds of the cluster's CTAs before the chunk.
 template <class S>
-__device__ __forceinline__ void copy_pieces(uint32_t slot, uint32_t factors_ready, Pieces which, int rank, int lane) {
-  constexpr int kLanes = S::kPieces / 2;  // each copies a tile of Q, K or Ksuf, half of the channels
-  const int panel = lane / kHalves, half = lane % kHalves, tile = (panel == 2) ^ (which == kLatePieces);
-  uint32_t place = slot + (panel == 0 ? S::kQ : panel == 1 ? S::kK : S::kKsuf) +
-                   half * (panel == 2 ? S::kKsufHalf : kHalfBytes) + tile * kTileRows;
-  int bytes = kTileRows;
-  if (lane == kLanes) {
-    place = slot + S::kTInv;
+__device__ __forceinline__ void copy_factors(const SharedMap<S>& shared, const RingPosition& own, int round, int rank,
+                                             int lane) {
+  constexpr int kPartLanes = 32 / S::kParts;
+  const int cta = lane / kPartLanes, piece = lane % kPartLanes;
+  const int panel = piece / kHalves, half = piece % kHalves;
+  uint32_t place = (panel == 0 ? S::kQ : panel == 1 ? S::kK : S::kKsuf) + half * (panel == 2 ? S::kKsufHalf : kHalfBytes);
+  int bytes = kHalfBytes;
+  if (piece == S::kPieces) {
+    place = S::kTInv;
     bytes = S::kRestBytes;
   }
-  if (lane < kLanes + (which == kLatePieces)) {
-#pragma unroll
-    for (int part = 0; part < S::kParts; ++part) {
-      if (part != rank) copy_to_remote(part, place, bytes, factors_ready);
-    }
+  barrier_wait(shared.guest_free(own.slot), own.parity);
+  if (cta != rank && piece <= S::kPieces) {
+    // All chunks but its own are guests there: of each round all but one, and in this round those of the CTAs before ours.
+    const int guests = round * (shared.num_ctas - 1) + rank - (cta < rank);
+    const int guest = shared.ring.own_slots + guests % shared.ring.guest_slots;
+    copy_to_remote(remote_address(shared.slot(guest) + place, cta), shared.slot(own.slot) + place, bytes,
+                   remote_address(shared.factors_ready(guest), cta));
   }
   __syncwarp();
 }
@@ -75,22 +76,20 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
   const Team<S> team{.index = warp / S::kTeamWarps};
   if (team.index >= shared.ring.num_teams) return;
   const int num_ctas = S::kCluster ? shared.num_ctas : 1;
-  const int first = team.index * num_ctas + rank, step = shared.ring.num_teams * num_ctas;  // chunks
-  RingPosition ring{.slot = 0, .parity = 0}, raw = ring;
-  ring.advance(first, shared.ring.num_slots);
-  raw.advance(team.index, shared.ring.num_slots);
-  for (int chunk = first * kChunk; chunk < length; chunk += step * kChunk) {
+  RingPosition ring{.slot = 0, .parity = 0};
+  ring.advance(team.index, shared.ring.own_slots);
+  const int num_chunks = (length + kChunk - 1) / kChunk;
+  for (int round = team.index; round * num_ctas + rank < num_chunks; round += shared.ring.num_teams) {
     const int lane = opaque(warp_lane);
     TileFactors<S> to{.slot = shared.slot(ring.slot),
                       .scratch = shared.scratch(team.index),
                       .tile = S::kWholeTiles ? warp % kTiles : warp % S::kTeamWarps / kHalves,
                       .half = S::kWholeTiles ? 1 : warp % kHalves};
-    const int token = chunk + to.tile * kTile, valid = max(0, min(length - token, kTile));
+    const int token = (round * num_ctas + rank) * kChunk + to.tile * kTile, valid = max(0, min(length - token, kTile));
     const uint32_t beta_bits =
         lane < valid ? load_beta_bits(p, Source::load(shared.beta()), token + lane) : 0;
-    barrier_wait(shared.raw_ready(raw.slot), raw.parity);
-    await_reuse(shared, ring);  // not sooner: of several phases to come a parity cannot tell which
-    const uint32_t ready = shared.factors_ready(ring.slot);
+    barrier_wait(shared.raw_ready(ring.slot), ring.parity);
+    await_reuse(shared, ring);
 
     PairSums sums;
     if constexpr (S::kWholeTiles) {
@@ -121,20 +120,15 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
         park(sums, to, lane);
       }
     }
-    if constexpr (S::kCluster) fence_proxy_async();  // for the early copies
     team.meet();  // all of Kpre, Qpre, Ksuf stands, and the second half's sums
-    if constexpr (S::kCluster) {
-      if (to.tile == 0 && to.half == 1) copy_pieces<S>(to.slot, ready, kEarlyPieces, rank, lane);
-    }
     join(sums, to, lane < valid ? beta_value(p, beta_bits) : 0.0f, opaque(lane), team);
     if constexpr (kAsyncProxy) fence_proxy_async();
     if constexpr (S::kCluster) {
       team.meet();  // all of it stands
-      if (warp % S::kTeamWarps == 0) copy_pieces<S>(to.slot, ready, kLatePieces, rank, lane);
+      if (warp % S::kTeamWarps == 0) copy_factors(shared, ring, round, rank, lane);
     }
-    barrier_arrive(ready);
-    ring.advance(step, shared.ring.num_slots);
-    raw.advance(shared.ring.num_teams, shared.ring.num_slots);
+    barrier_arrive(shared.factors_ready(ring.slot));
+    ring.advance(shared.ring.num_teams, shared.ring.own_slots);
   }
 }
 

@@ -35,15 +35,15 @@ __device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactor
 // A tile's rows of a panel times the other tile's decays: a lane takes a unit, lane % 16 over both halves, of every second
 // token.
 __device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint32_t total, int lane) {
-  const uint32_t first = rows + lane % 16 / 8 * half_stride + swizzled(lane / 16, lane % 8);
+  uint32_t first = rows + lane % 16 / 8 * half_stride + swizzled(lane / 16, lane % 8);
   float2 pairs[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = load_shared_float2(total + total_offset(8 * (lane % 16) + 2 * i));
-#pragma unroll
-  for (int begin = 0; begin < kTile; begin += 8) {
+#pragma unroll 1
+  for (int begin = 0; begin < kTile; begin += 8, first += 8 * kRowBytes) {
     uint4 x[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = load_shared_uint4(at_token(first, begin + 2 * i));
+    for (int i = 0; i < 4; ++i) x[i] = load_shared_uint4(at_token(first, 2 * i));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
@@ -52,7 +52,7 @@ __device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint3
         const float2 value = unpack_bf16(words[w]);
         words[w] = pack_bf16(value.x * pairs[w].x, value.y * pairs[w].y);
       }
-      store_shared_uint4(at_token(first, begin + 2 * i), make_uint4(words[0], words[1], words[2], words[3]));
+      store_shared_uint4(at_token(first, 2 * i), make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 }

@@ -46,7 +46,7 @@ __device__ inline void poison(const PrefillParams& p, int64_t sequence, int head
 template <class S>
 __device__ __forceinline__ void clear_upper_pairs(const SharedMap<S>& shared) {
   constexpr int kPieces = kTile / 8 * kTile;  // of 16 bytes, in a [16, 16] block
-  for (int i = threadIdx.x; i < shared.ring.num_slots * kPieces; i += S::kThreads) {
+  for (int i = threadIdx.x; i < shared.ring.own_slots * kPieces; i += S::kThreads) {
     const uint32_t place = shared.slot(i / kPieces) + kPairBlock + i / kTile % 2 * kPairUnit + i % kTile * 16;
     store_shared_uint4(place + S::kTInv, make_uint4(0, 0, 0, 0));
     store_shared_uint4(place + S::kAqk, make_uint4(0, 0, 0, 0));
@@ -76,13 +76,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
   if (threadIdx.x < kHeadDim) {
     store_shared_float(shared.bias() + threadIdx.x * 4, bias * gate_scale.input);
-  } else if (threadIdx.x < kHeadDim + ring.num_slots) {
+  } else if (threadIdx.x < kHeadDim + ring.num_slots()) {
     const int slot = threadIdx.x - kHeadDim;
+    const int value_lanes = rank < S::kParts ? 32 * S::kValueWarps : 0;
     barrier_init(shared.slot_free(slot), S::kFreeArrivals);
     barrier_init(shared.raw_ready(slot), 32 * (S::kLoadWarps - S::kValueWarps));
-    barrier_init(shared.factors_ready(slot), 32 * (S::kTeamWarps + S::kValueWarps));
+    barrier_init(shared.factors_ready(slot), value_lanes + (slot < ring.own_slots ? 32 * S::kTeamWarps : 1));
     barrier_init(shared.values_free(slot), 32 * S::kStateWarps);
-    if constexpr (S::kCluster) fence_barrier_init();
+    if constexpr (S::kCluster) {
+      barrier_init(shared.guest_free(slot), S::kStateWarps * (S::kParts - (rank < S::kParts)));
+      fence_barrier_init();
+    }
   }
   if (threadIdx.x == 0) {
     if (p.beta_dtype == FloatKind::kFloat32) {
@@ -124,7 +128,7 @@ struct Launcher {
     return limits.get(device, limit, [](int device, int& limit) {
       const cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
       if (error != cudaSuccess) return error;
-      if (fit_ring<S>(limit).num_slots == 0) return cudaErrorInvalidConfiguration;
+      if (fit_ring<S>(limit, kMaxCtas).own_slots == 0) return cudaErrorInvalidConfiguration;
       return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     });
   }
@@ -153,7 +157,7 @@ struct Launcher {
       int clusters;
       const cudaError_t error = counts.get(device, clusters, [limit](int, int& clusters) {
         cudaLaunchAttribute cluster{};
-        const cudaLaunchConfig_t one = configure(fit_ring<S>(limit), 1, kCtas, nullptr, cluster);
+        const cudaLaunchConfig_t one = configure(fit_ring<S>(limit, kCtas), 1, kCtas, nullptr, cluster);
         return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &one);
       });
       if (error != cudaSuccess) return error;
@@ -163,7 +167,7 @@ struct Launcher {
   }
 
   static cudaError_t launch(const PrefillParams& p, cudaStream_t stream, int limit, int num_ctas) {
-    const Ring ring = fit_ring<S>(limit);
+    const Ring ring = fit_ring<S>(limit, num_ctas);
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t all = configure(ring, p.num_sequences * p.num_heads, num_ctas, stream, cluster);
     return cudaLaunchKernelEx(&all, kKernel, p, ring, num_ctas);

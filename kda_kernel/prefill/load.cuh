@@ -76,6 +76,8 @@ struct ChunkLoader {
     if (S::kCluster && t == kTensorV) from += rank * S::kVBytes / kChunk;
   }
 
+  __device__ __forceinline__ void skip(int chunks) { from += chunks * kChunk * stride; }
+
   // Tokens from `valid` on become zeros and are never read. `copy` takes a piece's place, its source and whether there is
   // one.
   template <int kRowsPerToken, class Copy>
@@ -118,23 +120,6 @@ struct ChunkLoader {
     }
   }
 
-  static __device__ __forceinline__ void await(const SharedMap<S>& shared, const RingPosition& ring, bool needs_values,
-                                               bool has_state) {
-    if (needs_values && has_state) {
-      barrier_wait(shared.values_free(ring.slot), ring.parity ^ 1);
-    } else {
-      await_reuse(shared, ring);
-    }
-  }
-
-  static __device__ __forceinline__ void arrive(uint32_t ready, bool aligned) {
-    if (aligned) {
-      barrier_arrive_after_cp_async(ready);
-    } else {
-      barrier_arrive(ready);
-    }
-  }
-
   // Has a later chunk brought to the L2 cache, whose slot is not free yet: a token per lane. `ahead` counts tokens from the
   // next chunk.
   __device__ __forceinline__ void prefetch(int ahead, int valid, int warp, int lane) const {
@@ -147,57 +132,66 @@ struct ChunkLoader {
     }
   }
 
-  // In a single CTA: starts the next chunk's way into its slot. `valid` tokens are left, at least one.
-  __device__ __forceinline__ void load(const SharedMap<S>& shared, const RingPosition& ring, int valid, bool aligned,
-                                       int warp, int lane) {
-    const bool is_v = tensor(warp) == kTensorV;
-    await(shared, ring, is_v, true);
-    copy_chunk(shared.slot(ring.slot), valid, aligned, warp, lane);
-    arrive(is_v ? shared.factors_ready(ring.slot) : shared.raw_ready(ring.slot), aligned);
-    from += kChunk * stride;
+  // Starts the chunk's way into a slot, which is free, and goes on by `chunks`. `valid` tokens are left, at least one; the
+  // lane arrives at `ready` when its own are there.
+  __device__ __forceinline__ void load(uint32_t slot, uint32_t ready, int chunks, int valid, bool aligned, int warp,
+                                       int lane) {
+    copy_chunk(slot, valid, aligned, warp, lane);
+    if (aligned) {
+      barrier_arrive_after_cp_async(ready);
+    } else {
+      barrier_arrive(ready);
+    }
+    skip(chunks);
   }
 
-  // In a cluster: the same of what this CTA needs of the chunk. `ours`: it prepares the factors, and waits at `raw_ready`.
-  __device__ __forceinline__ void load_part(const SharedMap<S>& shared, const RingPosition& ring, uint32_t raw_ready,
-                                            int valid, bool aligned, bool ours, bool has_state, int warp, int lane) {
-    static_assert(!S::kCluster || S::kLoadWarps == S::kTeamWarps, "as many arrivals");
+  // In a single CTA: the next chunk into the slot of that position.
+  __device__ __forceinline__ void load_next(const SharedMap<S>& shared, const RingPosition& ring, int valid, bool aligned,
+                                            int warp, int lane) {
     const bool is_v = tensor(warp) == kTensorV;
-    const uint32_t factors_ready = shared.factors_ready(ring.slot);
-    await(shared, ring, is_v, has_state);
-    if (is_v ? has_state : ours) copy_chunk(shared.slot(ring.slot), valid, aligned, warp, lane);
-    if (!ours) {  // in the place of the team that works in another CTA
-      if (has_state && is_v && lane == 0) {
-        barrier_arrive_expecting(factors_ready, S::kFactorBytes);
-      } else {
-        barrier_arrive(factors_ready);
-      }
+    if (is_v) {
+      barrier_wait(shared.values_free(ring.slot), ring.parity ^ 1);
+    } else {
+      await_reuse(shared, ring);
     }
-    if (is_v || ours) arrive(is_v ? factors_ready : raw_ready, aligned);
-    from += kChunk * stride;
+    load(shared.slot(ring.slot), is_v ? shared.factors_ready(ring.slot) : shared.raw_ready(ring.slot), 1, valid, aligned,
+         warp, lane);
   }
 };
 
-// The load warps of a cluster's CTA.
+// The load warps of a cluster's CTA: v of all chunks where there are rows of S, q, k and g of its own chunks. What comes a
+// ring later is brought to the L2 cache meanwhile.
 template <class S>
 __device__ void load_role(const PrefillParams& p, const SharedMap<S>& shared, const Sequence& sequence, int head, int rank,
                           int warp) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, ctas = shared.num_ctas;
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
-  const int slots = shared.ring.num_slots, ctas = shared.num_ctas, ahead = slots * kChunk;
-  RingPosition ring{.slot = 0, .parity = 0}, raw = ring;
-  int builder = 0, builder_ahead = slots % ctas;  // whose chunk this is, and the one that comes to the slot after it
+  if (ChunkLoader<S>::tensor(warp) == ChunkLoader<S>::kTensorV) {
+    if (rank >= S::kParts) return;
+    ChunkPlace place = ChunkPlace::first(shared.ring, rank);
+    const int ahead = shared.ring.num_slots() * kChunk;
 #pragma unroll 1
-  for (int token = 0; token < sequence.length; token += kChunk) {
-    const bool ours = builder == rank;
-    loader.load_part(shared, ring, shared.raw_ready(raw.slot), sequence.length - token, p.inputs_aligned, ours,
-                     rank < S::kParts, warp, lane);
-    if (ChunkLoader<S>::tensor(warp) == ChunkLoader<S>::kTensorV ? rank < S::kParts : builder_ahead == rank) {
+    for (int token = 0; token < sequence.length; token += kChunk) {
+      const RingPosition ring = place.position(shared.ring);
+      const uint32_t ready = shared.factors_ready(ring.slot);
+      barrier_wait(shared.values_free(ring.slot), ring.parity ^ 1);
+      if (!place.is_own() && lane == 0) barrier_arrive_expecting(ready, S::kFactorBytes);
+      loader.load(shared.slot(ring.slot), ready, 1, sequence.length - token, p.inputs_aligned, warp, lane);
       loader.prefetch(ahead - kChunk, sequence.length - token - ahead, warp, lane);
+      place.advance(shared.ring, ctas);
     }
-    ring.advance(1, slots);
-    if (ours) raw.advance(1, slots);
-    if (++builder == ctas) builder = 0;
-    if (++builder_ahead == ctas) builder_ahead = 0;
+  } else {
+    RingPosition ring{.slot = 0, .parity = 0};
+    loader.skip(rank);
+    const int step = ctas * kChunk, ahead = shared.ring.own_slots * step;
+#pragma unroll 1
+    for (int token = rank * kChunk; token < sequence.length; token += step) {
+      await_reuse(shared, ring);
+      loader.load(shared.slot(ring.slot), shared.raw_ready(ring.slot), ctas, sequence.length - token, p.inputs_aligned,
+                  warp, lane);
+      loader.prefetch(ahead - step, sequence.length - token - ahead, warp, lane);
+      ring.advance(1, shared.ring.own_slots);
+    }
   }
 }
 

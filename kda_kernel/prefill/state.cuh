@@ -202,12 +202,12 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   // In a single CTA the state warps load, too: all slots before the first chunk, then, during each chunk, the one consumed
   // last.
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
-  const int ahead = shared.ring.num_slots * kChunk;
+  const int ahead = shared.ring.own_slots * kChunk;
   if constexpr (!S::kCluster) {
     RingPosition ring{.slot = 0, .parity = 0};
 #pragma unroll 1
     for (int token = 0; token < min(ahead, sequence.length); token += kChunk, ++ring.slot) {
-      loader.load(shared, ring, sequence.length - token, p.inputs_aligned, warp, lane);
+      loader.load_next(shared, ring, sequence.length - token, p.inputs_aligned, warp, lane);
     }
   }
 
@@ -218,24 +218,26 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
   const uint32_t beta_lane = S::kBeta + lane % 4 * 8;
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
-  // In a cluster a lane for each CTA says that the warp has done with a slot.
-  uint32_t free_there = 0;
-  if constexpr (S::kCluster) {
-    if (lane < shared.num_ctas) free_there = remote_address(shared.slot_free(0), lane);
-  }
-  const auto release = [&](int slot_index) {
-    if constexpr (S::kCluster) {
-      __syncwarp();
-      if (lane < shared.num_ctas) barrier_arrive_remote(free_there + slot_index * 8);
-    } else {
-      barrier_arrive(shared.slot_free(slot_index));
-    }
+  // In a cluster lane 0 tells the CTA that prepared a chunk that this warp has done with it, and lane 1, if it was a guest,
+  // the CTA whose chunk comes to its place next that it may.
+  [[maybe_unused]] Turn turn{.cta = rank == 0 && lane == 1, .slot = 0};
+  [[maybe_unused]] const uint32_t told = lane == 0 ? shared.slot_free(0) : shared.guest_free(0);
+  const auto next_told = [&](bool tells) {
+    const uint32_t there = remote_address(told + turn.slot * 8, turn.cta);
+    turn.advance(tells, shared.ring, shared.num_ctas);
+    turn.advance(lane == 1 && turn.cta == rank, shared.ring, shared.num_ctas);
+    return there;
   };
+  if constexpr (S::kCluster) {
+#pragma unroll 1
+    for (int guest = 0; lane == 1 && guest < shared.ring.guest_slots; ++guest) barrier_arrive_remote(next_told(true));
+  }
   int64_t next_state = p.intermediate_states.data == nullptr
                            ? p.num_intermediate_states
                            : intermediate_states_before(p.cu_seqlens, index, p.num_tokens);
   Engine engine(lane);
-  RingPosition ring{.slot = 0, .parity = 0}, last = ring;
+  ChunkPlace place = ChunkPlace::first(shared.ring, S::kCluster ? rank : 0);
+  RingPosition ring = place.position(shared.ring), last = ring;
   // A chunk's o leaves through v's place. In a cluster, where every clock of the chain counts, that is done while the next
   // chunk's products are under way.
   TokenOperand o_bf16;
@@ -248,7 +250,7 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   bool ready = false;
   for (int token = 0; token < sequence.length; token += kChunk) {
     const uint32_t slot = shared.slot(ring.slot);
-    if (token % kIntermediateStep == 0 && next_state < p.num_intermediate_states) {
+    if (__builtin_expect(token % kIntermediateStep == 0 && next_state < p.num_intermediate_states, false)) {
       store_state(s, static_cast<__nv_bfloat16*>(p.intermediate_states.data) +
                          (next_state++ * p.num_heads + head) * kHeadDim * kHeadDim,
                   p.intermediate_states.v_first, first_row, lane);
@@ -259,13 +261,18 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
     TokenOperand operand;
     ValueFragment v;
     float2 beta[kTokenTiles];
-    engine.read_state(projected, o, s, slot + S::kK, slot + S::kQ);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       ldmatrix_x4_trans(v[tile], slot + S::kV + v_half + tile * kTileRows + block_rows(warp % kHalfBlocks, lane));
     }
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) beta[n] = load_shared_float2(slot + beta_lane + n * 32);
+    engine.read_state(projected, o, s, slot + S::kK, slot + S::kQ);
+    // While that is under way: what comes next.
+    [[maybe_unused]] const bool tells = lane == 0 || (lane == 1 && !place.is_own());
+    [[maybe_unused]] const uint32_t there = S::kCluster ? next_told(tells) : 0;
+    place.advance(shared.ring, shared.num_ctas);
+    const RingPosition next = place.position(shared.ring);
     engine.wait_projected(projected);
     residual(u, projected, v, beta);
     pack_tokens(operand, u);
@@ -280,14 +287,19 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
       const int next = token - kChunk + ahead;
       if (token > 0 && next < sequence.length) {
         const RingPosition freed{.slot = last.slot, .parity = last.parity ^ 1};
-        loader.load(shared, freed, sequence.length - next, p.inputs_aligned, warp, lane);
+        loader.load_next(shared, freed, sequence.length - next, p.inputs_aligned, warp, lane);
       }
     }
     last = ring;
-    ring.advance(1, shared.ring.num_slots);
+    ring = next;
     ready = barrier_peek(shared.factors_ready(ring.slot), ring.parity);
     engine.wait(o, s);
-    release(last.slot);
+    if constexpr (S::kCluster) {
+      __syncwarp();
+      if (tells) barrier_arrive_remote(there);
+    } else {
+      barrier_arrive(shared.slot_free(last.slot));
+    }
     pack_tokens(o_bf16, o);
     if (!S::kCluster) send(last.slot, sequence.length - token);
   }

@@ -71,51 +71,58 @@ __device__ __forceinline__ void accumulate_gate(float2 (&G)[kTile], uint32_t gat
     G[t].x = activate_gate<kGate>(G[t].x, bias.x, scale);
     G[t].y = activate_gate<kGate>(G[t].y, bias.y, scale);
   }
-  if (valid < kTile) {
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
-      if (t >= valid) G[t] = {0.0f, 0.0f};
-    }
-  }
   G[0] = {scale.output * G[0].x, scale.output * G[0].y};
 #pragma unroll
   for (int t = 1; t < kTile; ++t) {
     G[t].x = fmaf(scale.output, G[t].x, G[t - 1].x);
     G[t].y = fmaf(scale.output, G[t].y, G[t - 1].y);
   }
+  if (valid < kTile) {
+    asm volatile("" ::: "memory");  // a branch for the last tile alone, instead of selections in all of them
+#pragma unroll
+    for (int t = 0; t < kTile; ++t) {
+      if (t >= valid) G[t] = t == 0 ? float2{0.0f, 0.0f} : G[t - 1];
+    }
+  }
 }
 
 // The bounded way: a lane holds a pair of channels for all tokens and replaces in place; `pair` is its place at token 0 in
-// half a panel.
+// half a panel. Eight tokens' code, twice: unrolled over the tile, it would be a tenth of what has to fit in the
+// instruction cache. (Registers cannot be indexed: G moves up by eight.)
 template <class S>
-__device__ __forceinline__ void scale_pairs(const float2 (&G)[kTile], const TileFactors<S>& to, float2 total,
-                                            uint32_t pair) {
-  const uint32_t q = to.q() + pair, k_suf = to.k_suf() + pair;
-  const uint32_t k_inverse = to.inverse() + pair, norms = to.norms();
+__device__ __forceinline__ void scale_pairs(float2 (&G)[kTile], const TileFactors<S>& to, float2 total, uint32_t pair) {
   constexpr int kFromQToK = S::kK - S::kQ;
+  constexpr int kStep = S::kCluster ? 8 : kTile;
   constexpr int kAhead = 3;  // tokens whose loads are on their way
-  uint32_t k_packed[kAhead], q_packed[kAhead];
-  float2 norm[kAhead];  // q, k
-  const auto load = [&](int t) {
-    k_packed[t % kAhead] = load_shared(at_token(q, t) + kFromQToK);
-    q_packed[t % kAhead] = load_shared(at_token(q, t));
-    norm[t % kAhead] = load_shared_float2(norms + t * 8);
-  };
+  uint32_t q = to.q() + pair, k_suf = to.k_suf() + pair, k_inverse = to.inverse() + pair, norms = to.norms();
+#pragma unroll 1
+  for (int first = 0; first < kTile; first += kStep) {
+    uint32_t k_packed[kAhead], q_packed[kAhead];
+    float2 norm[kAhead];  // q, k
+    const auto load = [&](int t) {
+      k_packed[t % kAhead] = load_shared(at_token(q, t) + kFromQToK);
+      q_packed[t % kAhead] = load_shared(at_token(q, t));
+      norm[t % kAhead] = load_shared_float2(norms + t * 8);
+    };
 #pragma unroll
-  for (int t = 0; t < kAhead; ++t) load(t);
+    for (int t = 0; t < kAhead; ++t) load(t);
 #pragma unroll
-  for (int t = 0; t < kTile; ++t) {
-    float2 k_t = unpack_bf16(k_packed[t % kAhead]), q_t = unpack_bf16(q_packed[t % kAhead]);
-    const float2 norm_t = norm[t % kAhead];
-    if (t + kAhead < kTile) load(t + kAhead);
-    k_t = {k_t.x * norm_t.y, k_t.y * norm_t.y};
-    q_t = {q_t.x * norm_t.x, q_t.y * norm_t.x};
-    const float2 pre = {exp2_approx(G[t].x), exp2_approx(G[t].y)};
-    const float2 inverse = {k_t.x * exp2_approx(-G[t].x), k_t.y * exp2_approx(-G[t].y)};
-    store_shared(at_token(k_inverse, t), pack_bf16(inverse.x, inverse.y));
-    store_shared(at_token(k_suf, t), pack_bf16(inverse.x * total.x, inverse.y * total.y));
-    store_shared(at_token(q, t) + kFromQToK, pack_bf16(k_t.x * pre.x, k_t.y * pre.y));
-    store_shared(at_token(q, t), pack_bf16(q_t.x * pre.x, q_t.y * pre.y));
+    for (int t = 0; t < kStep; ++t) {
+      float2 k_t = unpack_bf16(k_packed[t % kAhead]), q_t = unpack_bf16(q_packed[t % kAhead]);
+      const float2 norm_t = norm[t % kAhead];
+      if (t + kAhead < kStep) load(t + kAhead);
+      k_t = {k_t.x * norm_t.y, k_t.y * norm_t.y};
+      q_t = {q_t.x * norm_t.x, q_t.y * norm_t.x};
+      const float2 pre = {exp2_approx(G[t].x), exp2_approx(G[t].y)};
+      const float2 inverse = {k_t.x * exp2_approx(-G[t].x), k_t.y * exp2_approx(-G[t].y)};
+      store_shared(at_token(k_inverse, t), pack_bf16(inverse.x, inverse.y));
+      store_shared(at_token(k_suf, t), pack_bf16(inverse.x * total.x, inverse.y * total.y));
+      store_shared(at_token(q, t) + kFromQToK, pack_bf16(k_t.x * pre.x, k_t.y * pre.y));
+      store_shared(at_token(q, t), pack_bf16(q_t.x * pre.x, q_t.y * pre.y));
+    }
+#pragma unroll
+    for (int t = 0; t + kStep < kTile; ++t) G[t] = G[t + kStep];
+    q += kStep * kRowBytes, k_suf += kStep * kRowBytes, k_inverse += kStep * kRowBytes, norms += kStep * 8;
   }
 }
 
@@ -162,20 +169,20 @@ __device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors
   }
 }
 
-// Aqk to its tile in bf16; Akk, transposed, to the scratch in fp32.
-__device__ __forceinline__ void store_pairs(const PairSums& sums, float beta, uint32_t aqk, uint32_t akk, int lane) {
+// Aqk to its tile in bf16; Akk of each eight tokens against themselves, transposed, to the scratch in fp32. `beta` is that of
+// the lane's rows, lane / 4 of either eight.
+__device__ __forceinline__ void store_pairs(const PairSums& sums, const float (&beta)[2], uint32_t aqk, uint32_t akk,
+                                            int lane) {
   const int row = lane / 4, pair = 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float beta_row = __shfl_sync(~0u, beta, 8 * r + row);
     float qk[2];
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       const int column = pair + x;
       qk[x] = column <= row ? sums.group[r][2 + x] : 0.0f;
-      store_shared_float(akk + ((8 * r + column) * kScratchRow + 8 * r + row) * 4,
-                         column < row ? beta_row * sums.group[r][x] : 0.0f);
-      if (r == 1) store_shared_float(akk + (column * kScratchRow + 8 + row) * 4, beta_row * sums.across[x]);
+      store_shared_float(akk + r * kScratchBlock + (column * kScratchRow + row) * 4,
+                         column < row ? beta[r] * sums.group[r][x] : 0.0f);
     }
     store_shared(aqk + 4 * lane + r * (kPairUnit + kPairGroup), pack_bf16(qk[0], qk[1]));
   }
@@ -183,18 +190,20 @@ __device__ __forceinline__ void store_pairs(const PairSums& sums, float beta, ui
   store_shared(aqk + 4 * lane + kPairUnit, 0);
 }
 
-// T_inv = (I + Akk)^-1 of a tile by forward substitution in fp32, a column per lane (twice over the warp). The unit
-// diagonal stays out of the bf16 tile: the state warps add that part in fp32.
-__device__ __forceinline__ void invert(uint32_t t_inv, uint32_t akk, int lane) {
-  const int column = lane % kTile;
-  float x[kTile];
+// (I + Akk)^-1 of eight tokens against themselves, of both eights at once, by forward substitution in fp32, a column per
+// lane (twice over the warp). The unit diagonal stays out of the bf16 result: whoever multiplies by it adds that part in
+// fp32.
+__device__ __forceinline__ void invert_eights(uint32_t t_inv, uint32_t akk, int lane) {
+  constexpr int kSize = kTile / 2;
+  const int block = lane / kSize % 2, column = lane % kSize;
+  float x[kSize];
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) x[i] = i == column ? 1.0f : 0.0f;
+  for (int i = 0; i < kSize; ++i) x[i] = i == column ? 1.0f : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kTile - 1; ++i) {
+  for (int i = 0; i < kSize - 1; ++i) {
 #pragma unroll
-    for (int four = (i + 1) / 4; four < kTile / 4; ++four) {
-      const float4 below = load_shared_float4(akk + (i * kScratchRow + 4 * four) * 4);
+    for (int four = (i + 1) / 4; four < kSize / 4; ++four) {
+      const float4 below = load_shared_float4(akk + block * kScratchBlock + (i * kScratchRow + 4 * four) * 4);
       const float values[4] = {below.x, below.y, below.z, below.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -204,12 +213,27 @@ __device__ __forceinline__ void invert(uint32_t t_inv, uint32_t akk, int lane) {
   }
   if (lane < kTile) {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
+    for (int i = 0; i < kSize; ++i) {
       const float value = i == column ? 0.0f : x[i];
-      store_shared_u16(t_inv + column / 8 * kPairUnit + i * 16 + column % 8 * 2,
+      store_shared_u16(t_inv + block * (kPairUnit + kPairGroup) + i * 16 + column * 2,
                        __bfloat16_as_ushort(__float2bfloat16_rn(value)));
     }
   }
+}
+
+// The second eight tokens against the first: with T_0 and T_1 their own inverses,
+//   -T_1 (Akk T_0) = -(M + (T_1 - I) M),   M = Akk + Akk (T_0 - I),
+// where what the unit diagonals give stays in fp32. `akk` is the lane's pair of Akk.
+__device__ __forceinline__ void join_eights(uint32_t t_inv, float2 akk, int lane) {
+  const uint32_t place = t_inv + 4 * lane;
+  float m[4] = {akk.x, akk.y, 0.0f, 0.0f};
+  const uint32_t a[4] = {pack_bf16(akk.x, akk.y), 0, 0, 0};
+  mma_bf16(m, a, movmatrix_trans(load_shared(place)), 0);
+  float t[4] = {m[0], m[1], 0.0f, 0.0f};
+  const uint32_t second[4] = {load_shared(place + kPairUnit + kPairGroup), 0, 0, 0};
+  mma_bf16(t, second, movmatrix_trans(pack_bf16(m[0], m[1])), 0);
+  store_shared(place + kPairGroup, pack_bf16(-t[0], -t[1]));
+  store_shared(place + kPairUnit, 0);
 }
 
 // Half the channels of a tile for themselves: q, k, g in the slot become Qpre, Kpre, Ksuf, the decays go to the scratch, the
@@ -241,15 +265,18 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
   return sums;
 }
 
-// Aqk of a tile in its place, T_inv of a tile in its place, from the products of both halves of the channels.
+// Aqk of a tile in its place, T_inv = (I + Akk)^-1 of a tile in its place, from the products of both halves of the channels.
 template <class S>
 __device__ __forceinline__ void finish_tile(PairSums& sums, const TileFactors<S>& to, float beta, int lane) {
   add_parked(sums, to, lane);
   __syncwarp();  // every lane has its sums: Aqk takes their place
-  store_pairs(sums, beta, to.aqk(), to.akk(), lane);
+  const float beta_rows[2] = {__shfl_sync(~0u, beta, lane / 4), __shfl_sync(~0u, beta, 8 + lane / 4)};
+  store_pairs(sums, beta_rows, to.aqk(), to.akk(), lane);
   if (lane < kTile) store_shared_float(to.beta() + lane * 4, beta);
   __syncwarp();
-  invert(to.t_inv(), to.akk(), lane);
+  invert_eights(to.t_inv(), to.akk(), lane);
+  __syncwarp();
+  join_eights(to.t_inv(), {beta_rows[1] * sums.across[0], beta_rows[1] * sums.across[1]}, lane);
 }
 
 }  // namespace kda::prefill

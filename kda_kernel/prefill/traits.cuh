@@ -15,10 +15,12 @@
 // consumed.
 //
 // With few heads, a cluster of two to four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
-// all take chunks in turn, load their q, k and g, prepare the factors, and copy what the state needs to the other slots of
-// the same number (one ring, in step everywhere). There FactorsReady counts the copy's bytes, and load warps arrive in the
-// place of the team. RawReady counts a CTA's own chunks alone. SlotFree counts a lane of each state warp of both CTAs: a
-// slot is free when it is free everywhere. ValuesFree is each CTA's own.
+// all take chunks in turn, load their q, k and g into a ring of their own, prepare the factors there, and copy what the
+// state needs to a second ring, of guests, in the other CTAs that hold S. So a slot is taken for as long as the chunk's
+// preparation takes only where that happens. There are the same rings in all CTAs.
+//   FactorsReady   of a guest: the copy's bytes; v
+//   SlotFree       of an own slot: a lane of each state warp of both CTAs
+//   GuestFree      of an own slot: the places that its chunk is to be copied to are free; the same of the other CTAs alone
 //
 // A slot is reused in place: a lane of a factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
@@ -39,6 +41,7 @@ constexpr int kRowsPerStateWarp = 16;  // of V: one MMA tile
 
 // Barriers are laid out for so many: all that 227 KB hold.
 constexpr int kMaxSlots = 6;
+constexpr int kSlotBarriers = 5;
 
 // A bf16 panel [32 tokens, 128 columns] lies in shared memory as two halves of 64 columns, a row of 128 bytes per token,
 // the eight units (of 16 bytes, eight columns) of a row permuted by the token: the 128-byte swizzle of wgmma. A warp that
@@ -101,10 +104,10 @@ struct Slot {
   static constexpr int kAqk = kTInv + kPairBytes;
   static constexpr int kTotal = kAqk + kPairBytes;    // [128] fp32, by total_offset()
   static constexpr int kBeta = kTotal + kTotalBytes;  // [32] fp32
-  // What CTAs copy to each other: Q, K and Ksuf by tile and half, and the rest, all from T_inv on.
-  static constexpr int kPieces = kTiles * 3 * kHalves;
+  // What CTAs copy to each other: Q, K and Ksuf by halves, and the rest, all from T_inv on.
+  static constexpr int kPieces = 3 * kHalves;
   static constexpr int kRestBytes = kBeta + kChunk * 4 - kTInv;
-  static constexpr int kFactorBytes = kPieces * kTileRows + kRestBytes;
+  static constexpr int kFactorBytes = kPieces * kHalfBytes + kRestBytes;
   static constexpr int kBytes = (kBeta + kChunk * 4 + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
 };
 
@@ -113,6 +116,7 @@ struct Slot {
 // token pairs of a warp's store fall into different banks while float4 loads stay aligned. Of each tile per token the
 // factors on q and on k, fp32, and its decay per channel.
 constexpr int kScratchRow = 20;
+constexpr int kScratchBlock = (kTile / 2) * (kScratchRow + 1) * 4;  // from the first eight tokens' to the second's
 static_assert(kTile * kScratchRow * 4 <= kTileRows, "Akk fits");
 template <class S>
 struct Scratch {
@@ -124,10 +128,10 @@ struct Scratch {
 
 // Before the slots: what lives as long as the CTA.
 struct Fixed {
-  static constexpr int kBarriers = 0;              // four of each slot
-  static constexpr int kBeta = 4 * kMaxSlots * 8;  // Source of beta
-  static constexpr int kGate = kBeta + 16;         // GateScale
-  static constexpr int kBias = 256;                // [128] fp32: dt_bias in the gate's units
+  static constexpr int kBarriers = 0;                          // those of each slot
+  static constexpr int kBeta = kSlotBarriers * kMaxSlots * 8;  // Source of beta
+  static constexpr int kGate = kBeta + 16;                     // GateScale
+  static constexpr int kBias = 384;                            // [128] fp32: dt_bias in the gate's units
   static constexpr int kScratch = kBias + kHeadDim * 4;
   template <class S>
   static constexpr int bytes(int num_teams) {
@@ -136,36 +140,44 @@ struct Fixed {
   static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kScratch % 128 == 0, "all that fits before the bias");
 };
 
-// How a CTA divides its shared memory.
+// How a CTA divides its shared memory: own slots, then those of guests.
 struct Ring {
-  int num_slots;
+  int own_slots;
+  int guest_slots;
   int num_teams;
   int first_slot;  // bytes before it
+
+  __host__ __device__ constexpr int num_slots() const { return own_slots + guest_slots; }
 };
 
 template <class S>
 constexpr int shared_bytes(Ring ring) {
-  return ring.first_slot + ring.num_slots * S::kBytes;
+  return ring.first_slot + ring.num_slots() * S::kBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes: more slots than teams, in a cluster twice as many or more. In a
-// single CTA with a bf16 gate 4 teams and 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0),
-// with an fp32 gate 3 and 4, 2 and 3, 1 and 2; in a cluster 3 and 6, 2 and 5. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams: with a bf16 gate 4 teams
+// and 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0), with an fp32 gate 3 and 4, 2 and 3, 1
+// and 2. In a cluster an own slot for each team and two for guests or more: 3 teams and 6 slots, 2 and 5. No slots if it
+// cannot be.
 template <class S>
-constexpr Ring fit_ring(int limit) {
+constexpr Ring fit_ring(int limit, int num_ctas) {
   for (int teams = S::kMaxTeams; teams > 0; --teams) {
     const int fitting = (limit - Fixed::bytes<S>(teams)) / S::kBytes;
     const int slots = fitting < kMaxSlots ? fitting : kMaxSlots;
-    if (slots >= (S::kCluster ? S::kParts * teams : teams + 1)) {
-      return {.num_slots = slots, .num_teams = teams, .first_slot = Fixed::bytes<S>(teams)};
+    if (slots >= teams + (S::kCluster ? 2 : 1)) {
+      const int guests = !S::kCluster ? 0 : num_ctas == 2 ? 2 : slots - 3;
+      return {.own_slots = slots - guests,
+              .guest_slots = guests,
+              .num_teams = teams,
+              .first_slot = Fixed::bytes<S>(teams)};
     }
   }
-  return {.num_slots = 0, .num_teams = 0, .first_slot = 0};
+  return {.own_slots = 0, .guest_slots = 0, .num_teams = 0, .first_slot = 0};
 }
 
 constexpr int kLeastShared = 99 << 10;  // what a CTA may have from compute capability 8.0 on, or more
-static_assert(fit_ring<Slot<__nv_bfloat16, 1>>(kLeastShared).num_slots > 0 &&
-                  fit_ring<Slot<float, 1>>(kLeastShared).num_slots > 0,
+static_assert(fit_ring<Slot<__nv_bfloat16, 1>>(kLeastShared, 1).own_slots > 0 &&
+                  fit_ring<Slot<float, 1>>(kLeastShared, 1).own_slots > 0,
               "either gate runs everywhere");
 
 // Shared-memory addresses of one CTA.
@@ -182,23 +194,58 @@ struct SharedMap {
   __device__ __forceinline__ uint32_t raw_ready(int slot) const { return slot_free(slot) + kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t factors_ready(int slot) const { return slot_free(slot) + 2 * kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t values_free(int slot) const { return slot_free(slot) + 3 * kMaxSlots * 8; }
+  __device__ __forceinline__ uint32_t guest_free(int slot) const { return slot_free(slot) + 4 * kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t beta() const { return base + Fixed::kBeta; }
   __device__ __forceinline__ uint32_t gate() const { return base + Fixed::kGate; }
   __device__ __forceinline__ uint32_t bias() const { return base + Fixed::kBias; }
   __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch + team * Scratch<S>::kBytes; }
 };
 
-// Where a role stands in the ring.
+// Where a role stands in a ring of slots.
 struct RingPosition {
   int slot;
   uint32_t parity;
 
-  __device__ __forceinline__ void advance(int chunks, int num_slots) {
+  __device__ __forceinline__ void advance(int chunks, int num_slots) {  // at most as many chunks as slots
     slot += chunks;
-    while (slot >= num_slots) {
-      slot -= num_slots;
-      parity ^= 1;
-    }
+    const bool around = slot >= num_slots;
+    slot -= around ? num_slots : 0;
+    parity ^= around;
+  }
+};
+
+// Chunks are prepared by the CTAs in turn: whose a chunk is, and in which of its own slots it lies there.
+struct Turn {
+  int cta;
+  int slot;
+
+  __device__ __forceinline__ void advance(int chunks, const Ring& ring, int num_ctas) {  // by none or one
+    cta += chunks;
+    const bool around = cta == num_ctas;
+    cta = around ? 0 : cta;
+    slot += around;
+    slot = slot == ring.own_slots ? 0 : slot;
+  }
+};
+
+// The chunks one after another in a CTA that holds rows of S, in its own slots and in those of guests.
+struct ChunkPlace {
+  int rank;     // the CTA's
+  int builder;  // of this chunk
+  RingPosition own, guest;
+
+  static __device__ __forceinline__ ChunkPlace first(const Ring& ring, int rank) {
+    return {.rank = rank, .builder = 0, .own = {.slot = 0, .parity = 0}, .guest = {.slot = 0, .parity = 0}};
+  }
+  __device__ __forceinline__ bool is_own() const { return builder == rank; }
+  // Counted over all slots.
+  __device__ __forceinline__ RingPosition position(const Ring& ring) const {
+    return is_own() ? own : RingPosition{.slot = ring.own_slots + guest.slot, .parity = guest.parity};
+  }
+  __device__ __forceinline__ void advance(const Ring& ring, int num_ctas) {
+    own.advance(is_own(), ring.own_slots);
+    guest.advance(!is_own(), ring.guest_slots);
+    builder = builder + 1 == num_ctas ? 0 : builder + 1;
   }
 };
 
