@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -40,7 +41,8 @@ class Tensor {
 
   // An uninitialised contiguous tensor on the device of `like`.
   static Tensor empty(const std::array<int64_t, 4>& sizes, int32_t dtype, const Tensor& like) {
-    const std::array<int64_t, 4> strides{sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+    std::array<int64_t, 4> strides{1, 1, 1, 1};
+    for (int dim = 2; dim >= 0; --dim) strides[dim] = strides[dim + 1] * std::max<int64_t>(sizes[dim + 1], 1);
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
                                                     like.device_type_, like.device_index_, &handle));

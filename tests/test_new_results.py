@@ -71,11 +71,13 @@ def test_results_are_those_of_the_operator_that_writes(call, operator, layout, s
             assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
 
 
-def test_without_sequences(call):
-    x = make_inputs("lower-weak", 0, 4, 2)
+@pytest.mark.parametrize("B,T", [(0, 4), (2, 0)])
+def test_without_sequences_or_tokens(call, B, T):
+    x = make_inputs("lower-weak", B, T, 2, initial_state=True)
     with torch.inference_mode():
         o, state = call(**x)
-    assert o.shape == (0, 4, 2, 128) and state.shape == (0, 2, 128, 128)
+    assert o.shape == (B, T, 2, 128) and o.is_contiguous() and o.stride() == torch.empty(o.shape).stride()
+    assert torch.equal(state, x["initial_state"].float())
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 3, 8]], ids=["batch", "pack"])
