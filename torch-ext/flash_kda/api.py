@@ -182,7 +182,8 @@ def chunk_kda(
 
     # From here on every line counts: a call takes the host about as long as a short prompt takes a GPU.
     flags = attention_flags(
-        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        state_v_first,
     )  # fmt: skip
     makes_both = output_final_state and out is None and not return_intermediate_states
     if makes_both:
@@ -312,9 +313,9 @@ def new_results(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """o and the final state, by an operator that makes both, or None when the reference serves the call.
 
-    Of eager inference the operator itself is asked: before it launches anything it refuses whatever
-    `reference_reason` has a reason against, but for a derivative, which it does not see, and it does so anyway.
-    `reference_reason`, which takes 1.5 us, is then only asked why.
+    In eager inference the operator itself is asked: before it launches anything it refuses whatever
+    `reference_reason` has a reason against. Of derivatives, of tensors of another device and in a graph that
+    is being compiled it knows nothing: then `reference_reason`, which takes 1.5 us, is asked first.
     """
     ask_first = (
         not isinstance(q, torch.Tensor)
@@ -325,7 +326,7 @@ def new_results(
     )
     if ask_first and reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
         return None
-    # the operator's last arguments are None by default, and each None that is given takes the dispatcher 0.1 us
+    # the operator's last arguments are None by default; each None that is given takes the dispatcher 0.1 us
     rare = () if scale is None and cu_seqlens is None else (scale, cu_seqlens)
     try:
         return operator(q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, *rare)

@@ -43,8 +43,8 @@ def fused_recurrent_kda(
 
     The kernel serves what it serves in `chunk_kda`: on a CUDA device of SM80 or newer bfloat16 q, k, v, in
     the package's CPU variant bfloat16 and float32 on CPUs, with K = V = 128 and no gradient. All else runs in
-    reference_decode.py. The CUDA kernel does not synchronise, allocates nothing, and can be captured in a
-    CUDA graph: a replay reads indices, num_accepted_tokens and cu_seqlens anew.
+    reference_decode.py. The CUDA kernel does not synchronise, its results alone are allocated, and it can be
+    captured in a CUDA graph: a replay reads indices, num_accepted_tokens and cu_seqlens anew.
 
     Args:
         q, k: [B, T, H, K].
@@ -96,13 +96,15 @@ def fused_recurrent_kda(
         A_log = dt_bias = None
 
     flags = attention_flags(
-        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        state_v_first,
     )  # fmt: skip
     pooled = ssm_state_indices is not None or num_accepted_tokens is not None
     makes_both = output_final_state and out is None and not inplace_final_state and not pooled
     if makes_both:
         results = new_results(
-            kda_decode_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale, cu_seqlens
+            kda_decode_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale,
+            cu_seqlens,
         )  # fmt: skip
         if results is not None:
             return results
