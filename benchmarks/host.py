@@ -9,8 +9,8 @@ asks, and each round of them starts on an idle device. On a CPU the kernel's own
 no sequence are measured, for which no kernel runs and nothing is launched.
 
 For scale, torch.empty, an addition and the package's operators by themselves stand beside the calls. The last
-column is what a call adds to its operator: checks in Python and the results' allocation. Rounds of the rows
-alternate, so that a clock that changes touches all of them. Writes host-<device>.json into --out.
+column is what a call adds to its operator in Python; the operators whose names end in "new" allocate their
+results. Rounds of the rows alternate, so that a clock that changes touches all of them. Writes host-<device>.json into --out.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def make_calls(kernel, x: dict) -> dict:
     prefill_flags = flags.attention_flags(True, True, True, False, True)
     decode_flags = prefill_flags | flags.INPLACE
     bounds = () if cu_seqlens is None else (None, None, None, cu_seqlens)
+    new_bounds = () if cu_seqlens is None else (None, cu_seqlens)
 
     def prefill():
         ops.kda_prefill(
@@ -70,6 +71,12 @@ def make_calls(kernel, x: dict) -> dict:
 
     def decode():
         ops.kda_decode(q, k, v, g, beta, A_log, dt_bias, state, out, D**-0.5, -5.0, decode_flags, *bounds)
+
+    def prefill_new():
+        ops.kda_prefill_new(q, k, v, g, beta, A_log, dt_bias, state, prefill_flags, -5.0, *new_bounds)
+
+    def decode_new():
+        ops.kda_decode_new(q, k, v, g, beta, A_log, dt_bias, state, prefill_flags, -5.0, *new_bounds)
 
     def fwd():
         kernel.fwd(q, k, v, g, beta, D**-0.5, out, A_log, dt_bias, -5.0, state, final_state, cu_seqlens)
@@ -100,10 +107,12 @@ def make_calls(kernel, x: dict) -> dict:
         "add": (lambda: torch.add(row, row), None),
         "operator kda_prefill": (prefill, None),
         "fwd": (fwd, "operator kda_prefill"),
-        "chunk_kda": (chunk, "operator kda_prefill"),
+        "operator kda_prefill_new": (prefill_new, None),
+        "chunk_kda": (chunk, "operator kda_prefill_new"),
         "operator kda_decode": (decode, None),
         "fused_recurrent_kda, in place": (recurrent_in_place, "operator kda_decode"),
-        "fused_recurrent_kda": (recurrent, "operator kda_decode"),
+        "operator kda_decode_new": (decode_new, None),
+        "fused_recurrent_kda": (recurrent, "operator kda_decode_new"),
     }
 
 

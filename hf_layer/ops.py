@@ -19,5 +19,5 @@ def _no_kernel(*args) -> None:
     )
 
 
-kda_prefill = kda_decode = kda_short_conv = gated_rms_norm = _no_kernel
+kda_prefill = kda_decode = kda_prefill_new = kda_decode_new = kda_short_conv = gated_rms_norm = _no_kernel
 kda_fused_decode = None  # fused_kda_decode is then made of other calls, which are sent here if need be

@@ -34,6 +34,23 @@ void check_intermediate_states(const std::optional<Tensor>& states, bool v_first
   check_contiguous(*states, name);
 }
 
+void prefill(const AttentionArguments& x, const Sizes& sizes, const std::optional<Tensor>& initial_state,
+             const std::optional<Tensor>& final_state, const std::optional<Tensor>& intermediate_states) {
+  const int32_t device = x.q.get_device_index();
+  const bool state_v_first = x.has(STATE_V_FIRST);
+  check_state(initial_state, "initial_state", state_v_first, sizes.N, sizes.HV, device);
+  check_state(final_state, "final_state", state_v_first, sizes.N, sizes.HV, device);
+  check_state_dtypes(pointer(initial_state), pointer(final_state));
+  check_intermediate_states(intermediate_states, state_v_first, sizes, x.cu_seqlens.has_value(), device);
+  if (sizes.N == 0) return;
+  PrefillParams params{attention_params(x, sizes)};
+  params.initial_state = state_tensor(initial_state, state_v_first);
+  params.final_state = state_tensor(final_state, state_v_first);
+  params.intermediate_states = state_tensor(intermediate_states, state_v_first);
+  params.num_intermediate_states = intermediate_states ? intermediate_states->size(0) * intermediate_states->size(1) : 0;
+  run_prefill(params, device, x.has(PORTABLE));
+}
+
 }  // namespace
 }  // namespace kda
 
@@ -56,18 +73,18 @@ void kda_prefill(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& 
                                      .scale = scale,
                                      .lower_bound = lower_bound,
                                      .flags = flags};
-  const Sizes sizes = check_attention(arguments, PORTABLE);
-  const int32_t device = q.get_device_index();
-  const bool state_v_first = arguments.has(STATE_V_FIRST);
-  check_state(initial_state, "initial_state", state_v_first, sizes.N, sizes.HV, device);
-  check_state(final_state, "final_state", state_v_first, sizes.N, sizes.HV, device);
-  check_state_dtypes(pointer(initial_state), pointer(final_state));
-  check_intermediate_states(intermediate_states, state_v_first, sizes, cu_seqlens.has_value(), device);
-  if (sizes.N == 0) return;
-  PrefillParams params{attention_params(arguments, sizes)};
-  params.initial_state = state_tensor(initial_state, state_v_first);
-  params.final_state = state_tensor(final_state, state_v_first);
-  params.intermediate_states = state_tensor(intermediate_states, state_v_first);
-  params.num_intermediate_states = intermediate_states ? intermediate_states->size(0) * intermediate_states->size(1) : 0;
-  run_prefill(params, device, arguments.has(PORTABLE));
+  prefill(arguments, check_attention(arguments, PORTABLE), initial_state, final_state, intermediate_states);
+}
+
+kda::Results kda_prefill_new(kda::Tensor& q, kda::Tensor& k, kda::Tensor& v, kda::Tensor& g, const kda::Tensor& beta,
+                             std::optional<kda::Tensor>& A_log, std::optional<kda::Tensor>& dt_bias,
+                             std::optional<kda::Tensor>& initial_state, int64_t flags,
+                             std::optional<double> lower_bound, std::optional<double> scale,
+                             std::optional<kda::Tensor>& cu_seqlens) {
+  using namespace kda;
+  NewCall call(q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale, cu_seqlens);
+  const Sizes sizes = check_attention(call.arguments);
+  std::optional<Tensor> final_state = new_final_state(sizes, v);
+  prefill(call.arguments, sizes, initial_state, final_state, std::nullopt);
+  return {call.out.release(), final_state->release()};
 }

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "arguments.h"
 #include "tensor.h"
 
 // Kimi Delta Attention over whole sequences, written into `out` and the states; the schema with the shapes stands
@@ -21,3 +22,15 @@ void kda_decode(const kda::Tensor& q, const kda::Tensor& k, const kda::Tensor& v
                 double scale, std::optional<double> lower_bound, int64_t flags,
                 std::optional<kda::Tensor>& final_state, const std::optional<kda::Tensor>& state_indices,
                 const std::optional<kda::Tensor>& num_accepted_tokens, const std::optional<kda::Tensor>& cu_seqlens);
+
+// The same two with results that they allocate. A scale of None is 128 ** -0.5.
+kda::Results kda_prefill_new(kda::Tensor& q, kda::Tensor& k, kda::Tensor& v, kda::Tensor& g, const kda::Tensor& beta,
+                             std::optional<kda::Tensor>& A_log, std::optional<kda::Tensor>& dt_bias,
+                             std::optional<kda::Tensor>& initial_state, int64_t flags,
+                             std::optional<double> lower_bound, std::optional<double> scale,
+                             std::optional<kda::Tensor>& cu_seqlens);
+kda::Results kda_decode_new(kda::Tensor& q, kda::Tensor& k, kda::Tensor& v, kda::Tensor& g, const kda::Tensor& beta,
+                            std::optional<kda::Tensor>& A_log, std::optional<kda::Tensor>& dt_bias,
+                            std::optional<kda::Tensor>& initial_state, int64_t flags,
+                            std::optional<double> lower_bound, std::optional<double> scale,
+                            std::optional<kda::Tensor>& cu_seqlens);

@@ -1,11 +1,14 @@
 #include "arguments.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cmath>
 
 namespace kda {
 namespace {
 
 constexpr double kMinLowerBound = -5.0;
+constexpr double kDefaultScale = 0.08838834764831845;  // kHeadDim ** -0.5
 
 Sizes check_token_tensors(const AttentionArguments& x) {
   const Tensor &q = x.q, &k = x.k, &v = x.v, &g = x.g, &beta = x.beta, &out = x.out;
@@ -68,7 +71,69 @@ void check_gate(const AttentionArguments& x, int64_t HV, int32_t device) {
   }
 }
 
+torch::stable::Tensor stable(const Tensor& x) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(x.get(), &handle));
+  return torch::stable::Tensor(handle);
+}
+
+Tensor own(const torch::stable::Tensor& x) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(x.get(), &handle));
+  return Tensor(handle);
+}
+
+void make_rows_dense(Tensor& x) {
+  const bool dense = !x.defined() || x.dim() == 0 || x.stride(x.dim() - 1) == 1 || x.is_contiguous();
+  if (!dense) x = own(torch::stable::contiguous(stable(x)));
+}
+
+void make_dense(std::optional<Tensor>& x) {
+  if (x && x->defined() && !x->is_contiguous()) x = own(torch::stable::contiguous(stable(*x)));
+}
+
+void make_dense_fp32(std::optional<Tensor>& x) {
+  if (x && x->defined() && x->scalar_type() != ScalarType::Float) {
+    x = own(torch::stable::to(stable(*x), ScalarType::Float));
+  }
+  make_dense(x);
+}
+
+Tensor new_output(const Tensor& v) {
+  check_defined(v, "v");
+  STD_TORCH_CHECK(v.dim() == 4, "v: expected shape [B, T, HV, 128], got ", bracketed(v.sizes()));
+  return Tensor::empty({v.size(0), v.size(1), v.size(2), v.size(3)}, v.dtype(), v);
+}
+
 }  // namespace
+
+NewCall::NewCall(Tensor& q, Tensor& k, Tensor& v, Tensor& g, const Tensor& beta, std::optional<Tensor>& A_log,
+                 std::optional<Tensor>& dt_bias, std::optional<Tensor>& initial_state, int64_t flags,
+                 std::optional<double> lower_bound, std::optional<double> scale, std::optional<Tensor>& cu_seqlens)
+    : out(new_output(v)),
+      arguments{.q = q,
+                .k = k,
+                .v = v,
+                .g = g,
+                .beta = beta,
+                .A_log = A_log,
+                .dt_bias = dt_bias,
+                .cu_seqlens = cu_seqlens,
+                .out = out,
+                .scale = scale.value_or(kDefaultScale),
+                .lower_bound = lower_bound,
+                .flags = flags} {
+  for (Tensor* x : {&q, &k, &v, &g}) make_rows_dense(*x);
+  make_dense_fp32(A_log);
+  make_dense_fp32(dt_bias);
+  const bool bf16_state = initial_state && initial_state->scalar_type() == ScalarType::BFloat16;
+  bf16_state ? make_dense_fp32(initial_state) : make_dense(initial_state);
+  make_dense(cu_seqlens);
+}
+
+Tensor new_final_state(const Sizes& sizes, const Tensor& v) {
+  return Tensor::empty({sizes.N, sizes.HV, kHeadDim, kHeadDim}, aoti_torch_dtype_float32(), v);
+}
 
 Sizes check_attention(const AttentionArguments& x, int64_t extra_flags) {
   const int64_t allowed = kAttentionFlags | extra_flags;

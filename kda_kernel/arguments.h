@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 #include "checks.h"
 #include "flags.h"
@@ -32,6 +33,24 @@ struct AttentionArguments {
 
   bool has(Flag flag) const { return (flags & flag) != 0; }
 };
+
+// What the operators that allocate their results have in common. They also take what the kernels can't read as it lies,
+// and put a copy in its place: rows of q, k, v and g that are not contiguous, A_log, dt_bias, initial_state and
+// cu_seqlens that are not, A_log and dt_bias in another dtype, initial_state in bfloat16.
+struct NewCall {
+  NewCall(Tensor& q, Tensor& k, Tensor& v, Tensor& g, const Tensor& beta, std::optional<Tensor>& A_log,
+          std::optional<Tensor>& dt_bias, std::optional<Tensor>& initial_state, int64_t flags,
+          std::optional<double> lower_bound, std::optional<double> scale, std::optional<Tensor>& cu_seqlens);
+  NewCall(const NewCall&) = delete;  // `arguments` refers to `out`
+
+  Tensor out;  // as v, contiguous
+  AttentionArguments arguments;
+};
+
+using Results = std::tuple<Result, Result>;  // o and the final state
+
+// [N, HV, 128, 128] in float32.
+Tensor new_final_state(const Sizes& sizes, const Tensor& v);
 
 // `extra_flags`: those that the operator has besides kAttentionFlags.
 Sizes check_attention(const AttentionArguments& x, int64_t extra_flags = 0);

@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -15,6 +17,11 @@ namespace kda {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
+
+// A tensor on its way to the dispatcher, as an operator's result.
+struct Result {
+  AtenTensorHandle handle;
+};
 
 // What torch::stable::Tensor tells about a tensor, under the same names. Checks ask for it again and again, and there
 // each question is a call into torch; here all is read once. The dispatcher hands over a handle, which this owns.
@@ -32,7 +39,19 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
   }
 
+  // An uninitialised contiguous tensor on the device of `like`.
+  static Tensor empty(const std::array<int64_t, 4>& sizes, int32_t dtype, const Tensor& like) {
+    std::array<int64_t, 4> strides{1, 1, 1, 1};
+    for (int dim = 2; dim >= 0; --dim) strides[dim] = strides[dim + 1] * std::max<int64_t>(sizes[dim + 1], 1);
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                    like.device_type_, like.device_index_, &handle));
+    return Tensor(handle);
+  }
+
   bool defined() const { return defined_; }
+  AtenTensorHandle get() const { return handle_.get(); }
+  Result release() { return {handle_.release()}; }
   void* data_ptr() const { return data_; }
   int64_t dim() const { return dim_; }
   IntHeaderOnlyArrayRef sizes() const { return IntHeaderOnlyArrayRef(sizes_, dim_); }
@@ -42,6 +61,7 @@ class Tensor {
   bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
   int32_t get_device_index() const { return device_index_; }
+  int32_t dtype() const { return dtype_; }  // in torch's numbers
   int64_t element_size() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_)); }
 
   ScalarType scalar_type() const {
@@ -96,5 +116,12 @@ struct torch::stable::detail::ToImpl<std::optional<kda::Tensor>> {
   static std::optional<kda::Tensor> call(StableIValue value, uint64_t, bool) {
     const auto handle = to<std::optional<AtenTensorHandle>>(value);
     return handle ? std::make_optional<kda::Tensor>(*handle) : std::nullopt;
+  }
+};
+
+template <>
+struct torch::stable::detail::FromImpl<kda::Result> {
+  static StableIValue call(kda::Result result, uint64_t, bool) {
+    return torch::stable::detail::from(result.handle);
   }
 };

@@ -6,6 +6,7 @@ fake tensors, which take the CUDA path without a device.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 
@@ -235,17 +236,18 @@ def test_fwd_refuses_cpu_tensors(kernel_package, cuda_variant):
 
 @pytest.fixture
 def fake_gpu(api, monkeypatch):
-    """Inside, tensors are fake and may be "on" CUDA device 0, an SM90; the operator's calls are recorded."""
+    """Inside, tensors are fake and may be "on" CUDA device 0, an SM90; the operators' calls are recorded."""
     calls = []
-    compiled = api.kda_prefill
 
-    def record(*args):
+    def record(compiled, *args):
         arguments = compiled._schema.arguments
         defaults = {x.name: x.default_value for x in arguments[len(args) :]}
-        calls.append({**dict(zip((x.name for x in arguments), args)), **defaults})
-        return compiled(*args)
+        results = compiled(*args)
+        calls.append({**dict(zip((x.name for x in arguments), args)), **defaults, "results": results})
+        return results
 
-    monkeypatch.setattr(api, "kda_prefill", record)
+    for name in ("kda_prefill", "kda_prefill_new"):
+        monkeypatch.setattr(api, name, functools.partial(record, getattr(api, name)))
     monkeypatch.setattr(api, "device_type", "cuda")
     monkeypatch.setattr(api, "_sm_major", lambda device: 9)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -274,10 +276,9 @@ def test_kernel_call(kernel_package, fake_gpu, cu_seqlens, state_dtype, state_v_
     assert final_state.shape == (1 if cu_seqlens is None else 3, 4, 128, 128)
     assert final_state.dtype == torch.float32 and final_state.is_contiguous() and final_state.is_cuda
     (call,) = fake_gpu
-    assert call["out"] is o and call["final_state"] is final_state
-    assert call["initial_state"].dtype == torch.float32
-    assert call["scale"] == 128**-0.5 and call["lower_bound"] is None
-    for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens"):
+    assert call["results"] == (o, final_state)
+    assert call["scale"] is None and call["lower_bound"] is None
+    for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens"):
         assert call[name] is kwargs[name], f"{name} was copied"
     assert call["flags"] == operator_flags(kwargs) and kwargs["state_v_first"] is state_v_first
 
@@ -310,7 +311,7 @@ def test_convolution_layout_is_copied_once(kernel_package, api, monkeypatch):
     calls = []
     monkeypatch.setattr(api, "reference_reason", lambda *inputs: None)
     monkeypatch.setattr(api, "kda_prefill", lambda *args: calls.append(args))
-    kwargs = make_inputs("zero", 1, 20, 2)
+    kwargs = make_inputs("zero", 1, 20, 2, output_final_state=False)
     strided = {name: conv_layout(kwargs[name]) for name in ("q", "k", "v")}
     o, _ = kernel_package.chunk_kda(**kwargs | strided)
     ((q, k, v, g, *_),) = calls
@@ -324,7 +325,7 @@ def test_out_is_contiguous_where_v_is_a_slice(kernel_package, api, monkeypatch):
     calls = []
     monkeypatch.setattr(api, "reference_reason", lambda *inputs: None)
     monkeypatch.setattr(api, "kda_prefill", lambda *args: calls.append(args))
-    kwargs = make_inputs("zero", 2, 20, 2)
+    kwargs = make_inputs("zero", 2, 20, 2, output_final_state=False)
     kwargs["v"] = torch.cat([kwargs["v"]] * 2, dim=2)[:, :, 1:3]
     o, _ = kernel_package.chunk_kda(**kwargs)
     assert calls[0][2] is kwargs["v"]
@@ -355,7 +356,8 @@ def test_asking_for_the_architecture_makes_one_graph(api, monkeypatch, eager_fir
     assert len(graphs) == 1 and list(api._sm_majors.values()) == [9]
 
 
-def test_kernel_call_compiles_to_one_graph(kernel_package, api, monkeypatch):
+@pytest.mark.parametrize("name", ["kda_prefill", "kda_prefill_new"])
+def test_kernel_call_compiles_to_one_graph(kernel_package, api, monkeypatch, name):
     # CPU tensors stand in for CUDA's: tracing needs the operator's fake, and the graph is never run
     graphs = []
 
@@ -365,10 +367,19 @@ def test_kernel_call_compiles_to_one_graph(kernel_package, api, monkeypatch):
 
     monkeypatch.setattr(api, "reference_reason", lambda *inputs: None)
     kwargs = make_inputs("softplus-init", 1, 20, 2, cu_seqlens=[0, 5, 20], initial_state=True)
+    kwargs["output_final_state"] = name == "kda_prefill_new"
     torch._dynamo.reset()
     torch.compile(kernel_package.chunk_kda, backend=keep, fullgraph=True)(**kwargs)
     (graph,) = graphs
-    assert [node.target for node in graph.graph.nodes].count(api.kda_prefill) == 1
+    assert [node.target for node in graph.graph.nodes].count(getattr(api, name)) == 1
+
+
+def test_scale_reaches_the_kernel(kernel_package, fake_gpu):
+    kwargs = on_fake_gpu(make_inputs("zero", 1, 20, 1))
+    kernel_package.chunk_kda(**kwargs | dict(scale=0.5))
+    kernel_package.chunk_kda(**kwargs | dict(scale=0.5, output_final_state=False))
+    kernel_package.chunk_kda(**kwargs | dict(output_final_state=False))
+    assert [call["scale"] for call in fake_gpu] == [0.5, 0.5, 128**-0.5]
 
 
 def test_fwd_call(kernel_package, fake_gpu):
@@ -432,5 +443,10 @@ def test_gradients_and_old_gpus_go_to_the_reference(api, fake_gpu, monkeypatch):
         assert api.reference_reason(*leaves, None, None, None) == "a gradient is required"
         with torch.inference_mode():
             assert api.reference_reason(*leaves, None, None, None) is None
+    leaf = [*tensors[:-1], tensors[-1].detach().requires_grad_()]
+    options = (None, None, None, operator_flags({}), None, None, None)
+    assert api.new_results(api.kda_prefill_new, *leaf, *options) is None and not fake_gpu
+    with torch.inference_mode():
+        assert api.new_results(api.kda_prefill_new, *leaf, *options) == fake_gpu[0]["results"]
     monkeypatch.setattr(api, "_sm_major", lambda device: 7)
     assert api.reference_reason(*tensors, None, None, None) == "the GPU is older than SM80"

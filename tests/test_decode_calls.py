@@ -245,18 +245,21 @@ def recorder(operator, calls: list):
 
     def record(*args):
         defaults = {x.name: x.default_value for x in arguments[len(args) :]}
-        calls.append({**dict(zip((x.name for x in arguments), args)), **defaults})
+        results = operator(*args)
+        calls.append({**dict(zip((x.name for x in arguments), args)), **defaults, "results": results})
+        return results
 
     return record
 
 
 @pytest.fixture
 def fake_gpu(cpu_package, monkeypatch):
-    """Inside, tensors are fake and may be "on" CUDA device 0, an SM90; the operator's calls are recorded."""
+    """Inside, tensors are fake and may be "on" CUDA device 0, an SM90; the operators' calls are recorded."""
     decode = sys.modules[cpu_package.fused_recurrent_kda.__module__]
     api = sys.modules[cpu_package.chunk_kda.__module__]
     calls = []
-    monkeypatch.setattr(decode, "kda_decode", recorder(decode.kda_decode, calls))
+    for name in ("kda_decode", "kda_decode_new"):
+        monkeypatch.setattr(decode, name, recorder(getattr(decode, name), calls))
     monkeypatch.setattr(api, "device_type", "cuda")
     monkeypatch.setattr(api, "_sm_major", lambda device: 9)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -301,15 +304,15 @@ def test_kernel_call_with_a_final_state(cpu_package, fake_gpu, state_dtype, pool
     if pooled:
         x |= dict(initial_state=make_pool(x, 20, dtype=state_dtype), ssm_state_indices=torch.arange(3))
     x = on_fake_gpu(x)
-    _, final_state = cpu_package.fused_recurrent_kda(**x)
+    o, final_state = cpu_package.fused_recurrent_kda(**x)
     (call,) = fake_gpu
-    assert (
-        call["final_state"] is final_state
-        and final_state.shape == (3, 2, 128, 128)
-        and call["flags"] == operator_flags(x)
-    )
-    assert call["initial_state"].dtype == final_state.dtype == (state_dtype if pooled else FP32)
-    assert (call["initial_state"] is x["initial_state"]) == (pooled or state_dtype == FP32)
+    made = (call["out"], call["final_state"]) if pooled else call["results"]
+    assert made == (o, final_state) and o.shape == x["v"].shape and o.dtype == BF16 and o.is_cuda
+    assert final_state.shape == (3, 2, 128, 128) and final_state.is_cuda
+    assert final_state.dtype == (state_dtype if pooled else FP32)
+    assert call["flags"] == operator_flags(x)
+    for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens"):
+        assert call[name] is x[name], f"{name} was copied"
 
 
 def test_kernel_call_writes_into_out(cpu_package, fake_gpu):
@@ -323,7 +326,7 @@ def test_convolution_layout_is_copied_once(cpu_package, monkeypatch):
     calls = []
     module = sys.modules[cpu_package.fused_recurrent_kda.__module__]
     monkeypatch.setattr(module, "kda_decode", lambda *args: calls.append(args))
-    x = decode_inputs("zero", 1, 20, 2)
+    x = decode_inputs("zero", 1, 20, 2, output_final_state=False)
     strided = {name: conv_layout(x[name]) for name in ("q", "k", "v")}
     o, _ = cpu_package.fused_recurrent_kda(**x | strided)
     ((q, k, v, g, *_),) = calls

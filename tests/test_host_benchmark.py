@@ -51,8 +51,8 @@ def test_rows(cpu_package, tmp_path, monkeypatch, capsys):
         assert 0 < row["p10_us"] <= row["us"] <= row["p90_us"] and name in shown
     for name, operator in {
         "fwd": "operator kda_prefill",
-        "chunk_kda": "operator kda_prefill",
-        "fused_recurrent_kda": "operator kda_decode",
+        "chunk_kda": "operator kda_prefill_new",
+        "fused_recurrent_kda": "operator kda_decode_new",
         "fused_recurrent_kda, in place": "operator kda_decode",
     }.items():
         assert rows[name]["over_operator_us"] == pytest.approx(rows[name]["us"] - rows[operator]["us"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import subprocess
@@ -45,13 +46,14 @@ def test_layers_are_found_by_name(family, hooks):
 def test_the_calls_that_count_as_ours_are_ours(hooks, cpu_kernel, cpu_variant_dir, monkeypatch):
     """The operator runs exactly where the report says that the kernel does."""
     calls = []
-    operator = cpu_kernel.api.kda_prefill
 
-    def noting(*arguments):
-        calls.append(arguments[0].dtype)
-        return operator(*arguments)
+    def noting(operator, *arguments):
+        results = operator(*arguments)
+        calls.append(arguments[0].dtype)  # not of what it refuses
+        return results
 
-    monkeypatch.setattr(cpu_kernel.api, "kda_prefill", noting)
+    for name in ("kda_prefill", "kda_prefill_new"):
+        monkeypatch.setattr(cpu_kernel.api, name, functools.partial(noting, getattr(cpu_kernel.api, name)))
     model = build("kimi_linear")
     kernel, reference = "whole layer, flash-kda kernel", "whole layer, flash-kda reference"
     dtypes = "q, k and v are not all bfloat16 or float32"

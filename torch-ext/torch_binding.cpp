@@ -20,6 +20,17 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "Tensor(a!)? initial_state, Tensor(b!) out, float scale, float? lower_bound, int flags, "
       "Tensor(c!)? final_state=None, Tensor? state_indices=None, Tensor? num_accepted_tokens=None, "
       "Tensor? cu_seqlens=None) -> ()");
+  // The same with results that the operators allocate: o, contiguous, and the final state in fp32. They copy what the
+  // others refuse for how it lies, A_log and dt_bias in another dtype, a bf16 initial_state. A scale of None is
+  // 128 ** -0.5.
+  ops.def(
+      "kda_prefill_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
+      "Tensor? initial_state, int flags, float? lower_bound=None, float? scale=None, Tensor? cu_seqlens=None) "
+      "-> (Tensor, Tensor)");
+  ops.def(
+      "kda_decode_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
+      "Tensor? initial_state, int flags, float? lower_bound=None, float? scale=None, Tensor? cu_seqlens=None) "
+      "-> (Tensor, Tensor)");
 #if !defined(CPU_KERNEL)
   // H = HV. gate as v; conv_state [N or slots, 3 * HV * D, 3 or 4], conv_weight [3 * HV * D, 4], conv_bias
   // [3 * HV * D], norm_weight [D] bf16 or fp32; recurrent_state as kda_decode's initial_state.
@@ -48,6 +59,8 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
 #endif
   ops.impl("kda_prefill", TORCH_BOX(&kda_prefill));
   ops.impl("kda_decode", TORCH_BOX(&kda_decode));
+  ops.impl("kda_prefill_new", TORCH_BOX(&kda_prefill_new));
+  ops.impl("kda_decode_new", TORCH_BOX(&kda_decode_new));
 #if !defined(CPU_KERNEL)
   ops.impl("kda_fused_decode", TORCH_BOX(&kda_fused_decode));
 #endif

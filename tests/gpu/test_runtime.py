@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import DEVICE, TOLERANCE, assert_accurate, inputs_for, op_arguments
-from kda_inputs import rel_rms, to_float64
+from kda_inputs import operator_flags, rel_rms, to_float64
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
@@ -263,6 +263,15 @@ def test_opcheck(kernel_package, shape):
     inputs = inputs_for("lower-weak", H=2, **shape)
     out, final_state = torch.zeros_like(inputs["v"]), torch.zeros_like(inputs["initial_state"])
     torch.library.opcheck(kernel_package.ops.kda_prefill, op_arguments(inputs, out, final_state))
+
+
+@pytest.mark.parametrize("shape", [dict(B=2, T=20), dict(lengths=(7, 0, 13))], ids=["batch", "pack"])
+def test_opcheck_of_new_results(kernel_package, shape):
+    """The same for the operator that allocates its results."""
+    x = inputs_for("lower-weak", H=2, **shape)
+    names = (*TOKEN_INPUTS, "A_log", "dt_bias", "initial_state")
+    arguments = (*(x[name] for name in names), operator_flags(x), x["lower_bound"], None, x["cu_seqlens"])
+    torch.library.opcheck(kernel_package.ops.kda_prefill_new, arguments)
 
 
 def test_gradients_come_from_the_reference(kernel_package):

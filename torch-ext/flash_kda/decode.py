@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from . import reference_decode
-from .api import DEFAULT_SCALE, HEAD_DIM, check_out, dense_fp32, reference_reason, state_layout
+from .api import DEFAULT_SCALE, HEAD_DIM, check_out, dense_fp32, new_results, reference_reason, state_layout
 from .flags import INPLACE, attention_flags
-from .ops import kda_decode
+from .ops import kda_decode, kda_decode_new
 
 
 def fused_recurrent_kda(
@@ -43,8 +43,8 @@ def fused_recurrent_kda(
 
     The kernel serves what it serves in `chunk_kda`: on a CUDA device of SM80 or newer bfloat16 q, k, v, in
     the package's CPU variant bfloat16 and float32 on CPUs, with K = V = 128 and no gradient. All else runs in
-    reference_decode.py. The CUDA kernel does not synchronise, allocates nothing, and can be captured in a
-    CUDA graph: a replay reads indices, num_accepted_tokens and cu_seqlens anew.
+    reference_decode.py. The CUDA kernel does not synchronise, its results alone are allocated, and it can be
+    captured in a CUDA graph: a replay reads indices, num_accepted_tokens and cu_seqlens anew.
 
     Args:
         q, k: [B, T, H, K].
@@ -95,7 +95,20 @@ def fused_recurrent_kda(
     if not use_gate_in_kernel:
         A_log = dt_bias = None
 
-    if reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
+    flags = attention_flags(
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        state_v_first,
+    )  # fmt: skip
+    pooled = ssm_state_indices is not None or num_accepted_tokens is not None
+    makes_both = output_final_state and out is None and not inplace_final_state and not pooled
+    if makes_both:
+        results = new_results(
+            kda_decode_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale,
+            cu_seqlens,
+        )  # fmt: skip
+        if results is not None:
+            return results
+    if makes_both or reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
         return _by_reference(
             q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
             use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
@@ -129,14 +142,10 @@ def fused_recurrent_kda(
             N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state_dtype = torch.float32 if initial_state is None else initial_state.dtype
             final_state = v.new_empty(N, v.shape[2], HEAD_DIM, HEAD_DIM, dtype=state_dtype)
-    flags = attention_flags(
-        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first
-    )
     if inplace_final_state:
         flags |= INPLACE
-    # the operator's last arguments are None by default, and each None that is given takes the dispatcher 0.1 us
     rare = ()
-    if ssm_state_indices is not None or num_accepted_tokens is not None or cu_seqlens is not None:
+    if pooled or cu_seqlens is not None:
         rare = (final_state, ssm_state_indices, num_accepted_tokens, cu_seqlens)
     elif final_state is not None:
         rare = (final_state,)

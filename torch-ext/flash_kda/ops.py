@@ -10,6 +10,8 @@ from .flags import FWD_FLAGS
 # The overloads themselves: no overload resolution on the host path.
 kda_prefill = ops.kda_prefill.default
 kda_decode = ops.kda_decode.default
+kda_prefill_new = ops.kda_prefill_new.default
+kda_decode_new = ops.kda_decode_new.default
 kda_short_conv = ops.kda_short_conv.default
 gated_rms_norm = ops.gated_rms_norm.default
 
@@ -74,6 +76,27 @@ def _kda_decode_fake(
     cu_seqlens=None,
 ) -> None:
     """The operator writes into initial_state, out and final_state and returns nothing."""
+
+
+@torch.library.register_fake(add_op_namespace_prefix("kda_prefill_new"))
+@torch.library.register_fake(add_op_namespace_prefix("kda_decode_new"))
+def _new_fake(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    A_log,
+    dt_bias,
+    initial_state,
+    flags,
+    lower_bound=None,
+    scale=None,
+    cu_seqlens=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and the final state."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return v.new_empty(v.shape), v.new_empty((N, v.shape[2], 128, 128), dtype=torch.float32)
 
 
 # A variant for GPUs has the layer's whole decode step as one kernel.
