@@ -77,6 +77,13 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
   return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
 }
 
+// Bit 15 of each half word in all bits of the half. (__byte_perm() takes no signs.)
+__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
