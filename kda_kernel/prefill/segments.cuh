@@ -112,16 +112,19 @@ __device__ __forceinline__ void clear_across_resets(const TileFactors<S>& to, ui
     last_reset[x] = 31 - __clz(tokens | 1);
     if (tokens) store_shared_float(total + 4 * x, 0.0f);
   }
+#pragma unroll 1
+  for (int begin = 0; begin < kTile; begin += 8, first += 8 * kRowBytes) {
 #pragma unroll
-  for (int t = 0; t < kTile; ++t) {
-    const uint32_t place = at_token(first, t);
+    for (int t = 0; t < 8; ++t) {
+      const uint32_t place = at_token(first, t);
 #pragma unroll
-    for (int x = 0; x < 2; ++x) {
-      if (t >= first_reset[x]) {
-        store_shared_u16(to.q() + place + 2 * x, 0);
-        store_shared_u16(to.k() + place + 2 * x, 0);
+      for (int x = 0; x < 2; ++x) {
+        if (begin + t >= first_reset[x]) {
+          store_shared_u16(to.q() + place + 2 * x, 0);
+          store_shared_u16(to.k() + place + 2 * x, 0);
+        }
+        if (begin + t < last_reset[x]) store_shared_u16(to.k_suf() + place + 2 * x, 0);
       }
-      if (t < last_reset[x]) store_shared_u16(to.k_suf() + place + 2 * x, 0);
     }
   }
 }
