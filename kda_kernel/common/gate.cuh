@@ -15,10 +15,17 @@ namespace kda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
+// Below it log2(a) is cut off where it has no bound of its own: a is 0 in fp32 then, and so is any product with it; but
+// sums of log2(a) keep the bits of what comes after.
+constexpr float kStrongest = -160.0f;
+
 // Per head: what goes before and after the nonlinearity, with the change of base folded in.
 struct GateScale {
   float input;   // multiplies g, and dt_bias when it is staged
   float output;  // turns the activated gate into log2(a)
+
+  // The activated gate at kStrongest; not 0, for the case that `output` is infinite.
+  __device__ __forceinline__ float limit() const { return fmaxf(kStrongest * reciprocal_approx(output), 1e-37f); }
 };
 
 template <GateKind kGate>
@@ -41,15 +48,15 @@ __device__ __forceinline__ float softplus_2(float x) {
   return x > 29.0f ? x : y;
 }
 
-// log2(a) over scale.output; `bias` is dt_bias times scale.input.
+// log2(a) over scale.output, not below kStrongest; `bias` is dt_bias times scale.input.
 template <GateKind kGate>
 __device__ __forceinline__ float activate_gate(float g, float bias, GateScale scale) {
   if constexpr (kGate == GateKind::kLowerBound) {
     return reciprocal_approx(1.0f + exp2_approx(fmaf(g, scale.input, bias)));
   } else if constexpr (kGate == GateKind::kSoftplus) {
-    return softplus_2(fmaf(g, scale.input, bias));
+    return min_or_nan(softplus_2(fmaf(g, scale.input, bias)), scale.limit());
   } else {
-    return g;
+    return max_or_nan(g, kStrongest / kLog2E);
   }
 }
 

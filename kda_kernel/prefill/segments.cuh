@@ -19,9 +19,10 @@ namespace kda::prefill {
 
 constexpr float kReset = -150.0f;
 
-// As far as G may fall for differences of G to be good for factors: below 2^15 fp32 has a sum within 2^-10, so a factor
-// within 2^-9.5 at the worst, less than its rounding to bf16.
-constexpr float kLeastSum = -32768.0f;
+// As far as G may fall for differences of G to be good for factors: each sum of log2 decays is rounded by at most 2^-13, so
+// that the fifteen of a tile change a factor by less than its rounding to bf16 does. No gate falls further, for log2 decays
+// end at -160, but one with a lower bound of less than -177.
+constexpr float kLeastSum = -4096.0f;
 
 // G from the start of each token's segment, in place, and the tokens with a reset: bit t of the lower half for the lane's
 // first channel, of the upper for its second. False where a segment's decays are out of bounds, or G is too large for

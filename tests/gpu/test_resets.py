@@ -2,7 +2,7 @@
 
 The ways (docs/kernel.md, "The factors") are chosen for 16 tokens and 64 channels by the data: bounded, in segments
 between resets, which are log decays below -150 ln 2, and the decay tree. The patterns here lie on both sides of
-each condition, at the edges of tiles, and in single channels.
+each condition, at the edges of tiles, in single channels, and in long rows of resets.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ PATTERNS = {
         * where(lambda t, c, head: c % 9 == 4, 1.0, 0.01)(shape)
     ),
     "middling": scattered(1.0, -60.0, 0.0),
-    "sums-at-the-limit": scattered(0.2, -5600.0, -5300.0),
-    "far": scattered(0.05, -2e4, -1e4),
+    "where-decays-are-cut-off": scattered(0.2, -160 * math.log(2) - 1, -160 * math.log(2) + 1),
+    "far": scattered(0.2, -2e4, -1e4),
     "farthest": scattered(0.05, -1e30),
     "minus-infinity": scattered(0.05, -math.inf),
+    "weak-after-many": where(lambda t, c, head: t % TILE < 5, RESET, -7e-4),
 }
 
 OPTIONS = {
@@ -117,6 +118,18 @@ def test_nothing_passes_a_reset(kernel_package, value, token, HV):
     assert not torch.equal(found[0][:, :token], expected[0][:, :token])
     assert torch.equal(found[0][:, token:], expected[0][:, token:])
     assert torch.equal(found[1], expected[1])
+
+
+def test_not_a_number_is_not_a_reset(kernel_package):
+    """A NaN among the gates reaches its head's output from there on, as in the reference, and no other head."""
+    inputs = inputs_with("channels", 4, "fp32-g")
+    clean, _ = run_op(kernel_package, inputs)
+    inputs["g"] = inputs["g"].clone()
+    inputs["g"][0, 40, 1, 70] = math.nan
+    found, state = run_op(kernel_package, inputs)
+    others = [0, 2, 3]
+    assert found[0, 40:, 1].isnan().all() and state[0, 1].isnan().any()
+    assert torch.equal(found[:, :, others], clean[:, :, others])
 
 
 @pytest.mark.parametrize("gate", ["softplus-init", "softplus-resets"])
