@@ -39,8 +39,8 @@ __device__ __forceinline__ GateScale make_gate_scale(float A_log, float lower_bo
   }
 }
 
-// log2(1 + 2^x), softplus with base 2, for every x: the identity above 29 (2^-29 is far below half an ulp of 29), a series
-// where 1 + 2^x would round away what matters (2^x < 2^-6: the next term is below 2^-26).
+// log2(1 + 2^x), softplus with base 2, for every x: the identity above 29 (2^-29 is far below half an ulp of 29), a
+// series where 1 + 2^x would round away what matters (2^x < 2^-6: the next term is below 2^-26).
 __device__ __forceinline__ float softplus_2(float x) {
   float e = exp2_approx(x);
   float series = e * fmaf(e, fmaf(e, fmaf(e, -kLog2E / 4, kLog2E / 3), -kLog2E / 2), kLog2E);

@@ -1,14 +1,15 @@
 // Half a tile with resets, by the bounded way in segments.
 //
 // A reset is a decay of one channel below 2^-150: what it multiplies is 0 in fp32, and so is every factor across it. A
-// channel's resets cut the tile's tokens into segments, the reset's token being the first of its segment. With G counted from
-// the segment's start, k exp(G), q exp(G) and k exp(-G) stay in range where the segments' own decays do, and
+// channel's resets cut the tile's tokens into segments, the reset's token being the first of its segment. With G
+// counted from the segment's start, k exp(G), q exp(G) and k exp(-G) stay in range where the segments' own decays do,
+// and
 //   pairs        meet inside a segment only; across segments they are 0
 //   Kpre, Qpre   are 0 from a channel's first reset on
 //   Ksuf         is 0 before its last
 //   total        is 0 if there is one
-// Segments differ from channel to channel. The products take them one after another, with the operands of all others set to
-// 0 in the registers.
+// Segments differ from channel to channel. The products take them one after another, with the operands of all others
+// set to 0 in the registers.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -19,14 +20,14 @@ namespace kda::prefill {
 
 constexpr float kReset = -150.0f;
 
-// As far as G may fall for differences of G to be good for factors: each sum of log2 decays is rounded by at most 2^-13, so
-// that the fifteen of a tile change a factor by less than its rounding to bf16 does. No gate falls further, for log2 decays
-// end at -160, but one with a lower bound of less than -177.
+// As far as G may fall for differences of G to be good for factors: each sum of log2 decays is rounded by at most
+// 2^-13, so that the fifteen of a tile change a factor by less than its rounding to bf16 does. No gate falls further,
+// for log2 decays end at -160, but one with a lower bound of less than -177.
 constexpr float kLeastSum = -4096.0f;
 
-// G from the start of each token's segment, in place, and the tokens with a reset: bit t of the lower half for the lane's
-// first channel, of the upper for its second. False where a segment's decays are out of bounds, or G is too large for
-// differences (also where it is not a number); the caller then needs another way.
+// G from the start of each token's segment, in place, and the tokens with a reset: bit t of the lower half for the
+// lane's first channel, of the upper for its second. False where a segment's decays are out of bounds, or G is too
+// large for differences (also where it is not a number); the caller then needs another way.
 __device__ __forceinline__ bool cut_at_resets(float2 (&G)[kTile], uint32_t& resets, float bound) {
   float2 before = {0.0f, 0.0f}, start = {0.0f, 0.0f};
   float least = 0.0f;
@@ -49,8 +50,8 @@ __device__ __forceinline__ bool cut_at_resets(float2 (&G)[kTile], uint32_t& rese
   return __all_sync(~0u, least >= bound && before.x >= kLeastSum && before.y >= kLeastSum);
 }
 
-// Products inside a tile over half the channels, as multiply_pairs() makes them, of tokens of the same segment. `resets` is
-// that of the lane's pair of channels.
+// Products inside a tile over half the channels, as multiply_pairs() makes them, of tokens of the same segment.
+// `resets` is that of the lane's pair of channels.
 template <class S>
 __device__ __forceinline__ void multiply_segments(PairSums& sums, const TileFactors<S>& to, uint32_t resets, int lane) {
   const uint32_t rows = pair_rows(to, to.half, lane);
@@ -61,8 +62,8 @@ __device__ __forceinline__ void multiply_segments(PairSums& sums, const TileFact
     ldmatrix_x4(high, (rows ^ block * 32) + kGroupRows);
     ldmatrix_x4(b, to.inverse() + block_rows(block, lane));
     // All fragments have token lane / 4, and that eight further, of channels 8 h + 2 (lane % 4) and the next. Their
-    // segments' numbers are the resets up to the token, but those at token 0, which nothing precedes: at most 15. A half
-    // word has the bit 15 - number.
+    // segments' numbers are the resets up to the token, but those at token 0, which nothing precedes: at most 15. A
+    // half word has the bit 15 - number.
     uint32_t segment[2][2];  // [h][token group]
     uint32_t last = 0;
 #pragma unroll
@@ -100,8 +101,8 @@ __device__ __forceinline__ void multiply_segments(PairSums& sums, const TileFact
   }
 }
 
-// What no token beyond a reset sees, and no token before it: zeros in Qpre, Kpre, Ksuf and the total of a lane's pair of
-// channels. `first` is its place at token 0 in half a panel.
+// What no token beyond a reset sees, and no token before it: zeros in Qpre, Kpre, Ksuf and the total of a lane's pair
+// of channels. `first` is its place at token 0 in half a panel.
 template <class S>
 __device__ __forceinline__ void clear_across_resets(const TileFactors<S>& to, uint32_t resets, uint32_t first,
                                                     uint32_t total) {
