@@ -20,14 +20,13 @@ namespace kda::prefill {
 
 constexpr float kReset = -150.0f;
 
-// As far as G may fall for differences of G to be good for factors: each sum of log2 decays is rounded by at most
-// 2^-13, so that the fifteen of a tile change a factor by less than its rounding to bf16 does. No gate falls further,
-// for log2 decays end at -160, but one with a lower bound of less than -177.
+// G of a tile is above it, for log2 decays end at -160; so each sum is rounded by at most 2^-13, and differences are good
+// for factors: what the tile's fifteen sums may change them by is less than their rounding to bf16.
 constexpr float kLeastSum = -4096.0f;
 
 // G from the start of each token's segment, in place, and the tokens with a reset: bit t of the lower half for the
-// lane's first channel, of the upper for its second. False where a segment's decays are out of bounds, or G is too
-// large for differences (also where it is not a number); the caller then needs another way.
+// lane's first channel, of the upper for its second. False where a segment's decays are out of bounds, or G is not a
+// number; the caller then needs another way.
 __device__ __forceinline__ bool cut_at_resets(float2 (&G)[kTile], uint32_t& resets, float bound) {
   float2 before = {0.0f, 0.0f}, start = {0.0f, 0.0f};
   float least = 0.0f;

@@ -220,8 +220,9 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
   meet();  // the norms stand, q and k have been read for them; every lane has its gate; the scratch may be written
   PairSums sums;
   const bool bounded = __all_sync(~0u, G[kTile - 1].x >= bound && G[kTile - 1].y >= bound);
+  constexpr bool kHasResets = kGate != GateKind::kLowerBound;  // a bound that lets them be is none; then the tree does
   uint32_t resets = 0;
-  if (!bounded && !cut_at_resets(G, resets, bound)) {
+  if (!bounded && !(kHasResets && cut_at_resets(G, resets, bound))) {
     decay_tree<kGate, S>(sums, to, bias + to.half * kHalfChannels * 4, gate_scale, valid, lane);
     return sums;
   }
@@ -230,7 +231,7 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
   store_shared_float2(total_place, total.x, total.y);
   scale_pairs(G, to, total, pair);
   __syncwarp();
-  if (bounded) {
+  if (bounded || !kHasResets) {
     multiply_pairs(sums, to, lane);
   } else {
     multiply_segments(sums, to, resets, opaque(lane));
