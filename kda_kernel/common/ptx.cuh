@@ -77,6 +77,13 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
   return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
 }
 
+// Bit 15 of each half word in all bits of the half. (__byte_perm() takes no signs.)
+__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
@@ -282,6 +289,19 @@ __device__ __forceinline__ void copy_to_remote(uint32_t target, uint32_t source,
 }
 
 // ---- special functions -----------------------------------------------------------------------------------
+
+// Of a number and not a number these are not a number.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

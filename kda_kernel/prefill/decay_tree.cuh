@@ -54,6 +54,16 @@ struct TileFactors {
   }
 };
 
+// The address of token t's row, given that of token 0's: the swizzle moves a lane's unit with the token.
+__device__ __forceinline__ uint32_t at_token(uint32_t first, int t) { return (first ^ t % 8 * 16) + t * kRowBytes; }
+
+// Where a lane finds its row of the A operand of a pair product in half a panel: k and q of the same eight tokens, columns
+// 0-7, then 8-15.
+template <class S>
+__device__ __forceinline__ uint32_t pair_rows(const TileFactors<S>& to, int half, int lane) {
+  return (lane / 8 % 2 ? to.q_tile() : to.k_tile()) + half * kHalfBytes + swizzled(lane % 8, lane / 16);
+}
+
 constexpr int kLaneLevels = 3;  // L = 1, 2, 4 across lanes
 
 // Products of tokens (i, j), sums over channels: rows 0-7 of an MMA carry k_i, rows 8-15 carry q_i, of the same eight

@@ -6,9 +6,10 @@
 //   Kpre = k exp(G)         Qpre = q exp(G)         Ksuf = k exp(G_C - G)
 //   Akk[i, j] = beta_i sum_d k_i k_j exp(G_i - G_j)   j <  i
 //   Aqk[i, j] =        sum_d q_i k_j exp(G_i - G_j)   j <= i
-// Each warp makes its products in one of two ways, both exact to rounding:
-//   bounded   exp(G_i) and exp(-G_j) apart, where no exponent leaves fp32 and bf16 (tile.cuh)
-//   tree      products of decays only, for any gate (decay_tree.cuh)
+// Each warp makes its products in one of three ways, all exact to rounding:
+//   bounded    exp(G_i) and exp(-G_j) apart, where no exponent leaves fp32 and bf16 (tile.cuh)
+//   segments   the same between resets, which leave nothing of what was before (segments.cuh)
+//   tree       products of decays only, for any gate (decay_tree.cuh)
 // Then the tiles are joined (join.cuh): between i of the second and j of the first the products are those of Kpre_i and
 // Qpre_i with Ksuf_j, T_inv = (I + Akk)^-1 follows by tiles, and for the state of the chunk's start and end Kpre and Qpre of
 // the second tile take the first's total, Ksuf of the first the second's.

@@ -5,6 +5,7 @@
 #include "common/gate.cuh"
 #include "common/ptx.cuh"
 #include "prefill/decay_tree.cuh"
+#include "prefill/segments.cuh"
 #include "prefill/traits.cuh"
 
 namespace kda::prefill {
@@ -47,9 +48,6 @@ __device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int te
     }
   }
 }
-
-// The address of token t's row, given that of token 0's: the swizzle moves a lane's unit with the token.
-__device__ __forceinline__ uint32_t at_token(uint32_t first, int t) { return (first ^ t % 8 * 16) + t * kRowBytes; }
 
 // G of a lane's two channels after each token; tokens past the end change nothing. `gate` is their place at token 0.
 template <GateKind kGate, class S>
@@ -144,13 +142,6 @@ __device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<S>&
     sum[2] += x.z;
     sum[3] += x.w;
   }
-}
-
-// Where a lane finds its row of the A operand of a pair product in half a panel: k and q of the same eight tokens, columns
-// 0-7, then 8-15.
-template <class S>
-__device__ __forceinline__ uint32_t pair_rows(const TileFactors<S>& to, int half, int lane) {
-  return (lane / 8 % 2 ? to.q_tile() : to.k_tile()) + half * kHalfBytes + swizzled(lane % 8, lane / 16);
 }
 
 // Products inside a tile over half the channels: [Kpre; Qpre] of eight tokens against k exp(-G) of eight.
@@ -252,15 +243,24 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
   accumulate_gate<kGate, S>(G, to.gate() + gate_pair, load_shared_float2(bias + channel * 4), gate_scale, valid);
   meet();  // the norms stand, q and k have been read for them; every lane has its gate; the scratch may be written
   PairSums sums;
-  const float2 log2_total = G[kTile - 1];
-  if (__all_sync(~0u, log2_total.x >= bound && log2_total.y >= bound)) {
-    const float2 total = {exp2_approx(log2_total.x), exp2_approx(log2_total.y)};
-    store_shared_float2(to.total(to.tile) + total_offset(channel), total.x, total.y);
-    scale_pairs(G, to, total, pair);
-    __syncwarp();
+  const bool bounded = __all_sync(~0u, G[kTile - 1].x >= bound && G[kTile - 1].y >= bound);
+  constexpr bool kHasResets = kGate != GateKind::kLowerBound;  // a bound that lets them be is none; then the tree does
+  uint32_t resets = 0;
+  if (!bounded && !(kHasResets && cut_at_resets(G, resets, bound))) {
+    decay_tree<kGate, S>(sums, to, bias + to.half * kHalfChannels * 4, gate_scale, valid, lane);
+    return sums;
+  }
+  const uint32_t total_place = to.total(to.tile) + total_offset(channel);
+  const float2 total = {exp2_approx(G[kTile - 1].x), exp2_approx(G[kTile - 1].y)};
+  store_shared_float2(total_place, total.x, total.y);
+  scale_pairs(G, to, total, pair);
+  __syncwarp();
+  if (bounded || !kHasResets) {
     multiply_pairs(sums, to, lane);
   } else {
-    decay_tree<kGate, S>(sums, to, bias + to.half * kHalfChannels * 4, gate_scale, valid, lane);
+    multiply_segments(sums, to, resets, opaque(lane));
+    __syncwarp();
+    clear_across_resets(to, resets, pair, total_place);
   }
   return sums;
 }
