@@ -114,6 +114,11 @@ struct DecodeBlock {
   // convolution.
   __device__ __forceinline__ int warp_token() const { return kFused ? warp ^ (kFusedWarps / 2) : warp; }
 
+  // A fused step's copies take so many instructions that the memory would wait for them: of the first half of its warps,
+  // which have no part in a call of one token but the convolution's, the state is on its way first. That of the others
+  // comes behind the copies, so that there is time for what is done with these.
+  __device__ __forceinline__ bool loads_first() const { return kFused && kPlain && warp < kFusedWarps / 2; }
+
   // Opaque, so that nothing of a row's address is kept from token to token: the state has taken the registers.
   __device__ __forceinline__ Tokens opaque_tokens() const {
     Tokens here = tokens;
@@ -195,13 +200,12 @@ struct DecodeBlock {
     if constexpr (kFused) shared.exchange.begin();
     tokens = find_tokens(p, index);
     const StartSlot start = start_slot(p, index);
-    stage_group(start, 0);
+    const bool loads = start.kind == RowKind::kLive && p.initial_state.data != nullptr;
     typename T::Values s;
-    if (start.kind == RowKind::kLive && p.initial_state.data != nullptr) {
-      T::load(s, lane_state(p.initial_state, start.slot));
-    } else {
-      T::fill(s, 0.0f);
-    }
+    if (!loads) T::fill(s, 0.0f);
+    if (loads && loads_first()) T::load(s, lane_state(p.initial_state, start.slot));
+    stage_group(start, 0);
+    if (loads && !loads_first()) T::load(s, lane_state(p.initial_state, start.slot));
     if constexpr (kFused) shared.exchange.wait_for_blocks();
 
     if (!kPlain && p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
