@@ -19,6 +19,7 @@
 #include "common/ptx.cuh"
 #include "prefill/join.cuh"
 #include "prefill/load.cuh"
+#include "prefill/ring.cuh"
 #include "prefill/tile.cuh"
 #include "prefill/traits.cuh"
 
@@ -52,9 +53,7 @@ __device__ __forceinline__ void copy_factors(const SharedMap<S>& shared, const R
   }
   barrier_wait(shared.guest_free(own.slot), own.parity);
   if (cta != rank && piece <= S::kPieces) {
-    // All chunks but its own are guests there: of each round all but one, and in this round those of the CTAs before ours.
-    const int guests = round * (shared.num_ctas - 1) + rank - (cta < rank);
-    const int guest = shared.ring.own_slots + guests % shared.ring.guest_slots;
+    const int guest = guest_slot(shared.ring, shared.num_ctas, round, rank, cta);
     copy_to_remote(remote_address(shared.slot(guest) + place, cta), shared.slot(own.slot) + place, bytes,
                    remote_address(shared.factors_ready(guest), cta));
   }

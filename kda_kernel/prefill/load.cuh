@@ -3,6 +3,7 @@
 
 #include "common/ptx.cuh"
 #include "common/sequences.cuh"
+#include "prefill/ring.cuh"
 #include "prefill/traits.cuh"
 
 namespace kda::prefill {
@@ -168,7 +169,7 @@ __device__ void load_role(const PrefillParams& p, const SharedMap<S>& shared, co
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
   if (ChunkLoader<S>::tensor(warp) == ChunkLoader<S>::kTensorV) {
     if (rank >= S::kParts) return;
-    ChunkPlace place = ChunkPlace::first(shared.ring, rank);
+    ChunkPlace place = ChunkPlace::first(rank);
     const int ahead = shared.ring.num_slots() * kChunk;
 #pragma unroll 1
     for (int token = 0; token < sequence.length; token += kChunk) {

@@ -14,6 +14,7 @@
 
 #include "common/ptx.cuh"
 #include "prefill/load.cuh"
+#include "prefill/ring.cuh"
 #include "prefill/traits.cuh"
 
 namespace kda::prefill {
@@ -218,25 +219,13 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
   const uint32_t beta_lane = S::kBeta + lane % 4 * 8;
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
-  // In a cluster lane 0 tells the CTA that prepared a chunk that this warp has done with it, and lane 1, if it was a guest,
-  // the CTA whose chunk comes to its place next that it may.
-  [[maybe_unused]] Turn turn{.cta = rank == 0 && lane == 1, .slot = 0};
-  [[maybe_unused]] const uint32_t told = lane == 0 ? shared.slot_free(0) : shared.guest_free(0);
-  const auto next_told = [&](bool tells) {
-    const uint32_t there = remote_address(told + turn.slot * 8, turn.cta);
-    turn.advance(tells, shared.ring, shared.num_ctas);
-    turn.advance(lane == 1 && turn.cta == rank, shared.ring, shared.num_ctas);
-    return there;
-  };
-  if constexpr (S::kCluster) {
-#pragma unroll 1
-    for (int guest = 0; lane == 1 && guest < shared.ring.guest_slots; ++guest) barrier_arrive_remote(next_told(true));
-  }
+  [[maybe_unused]] Release<S> release(shared, rank, lane);
+  if constexpr (S::kCluster) release.invite(shared);
   int64_t next_state = p.intermediate_states.data == nullptr
                            ? p.num_intermediate_states
                            : intermediate_states_before(p.cu_seqlens, index, p.num_tokens);
   Engine engine(lane);
-  ChunkPlace place = ChunkPlace::first(shared.ring, S::kCluster ? rank : 0);
+  ChunkPlace place = ChunkPlace::first(S::kCluster ? rank : 0);
   RingPosition ring = place.position(shared.ring), last = ring;
   // A chunk's o leaves through v's place. In a cluster, where every clock of the chain counts, that is done while the next
   // chunk's products are under way.
@@ -269,8 +258,8 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
     for (int n = 0; n < kTokenTiles; ++n) beta[n] = load_shared_float2(slot + beta_lane + n * 32);
     engine.read_state(projected, o, s, slot + S::kK, slot + S::kQ);
     // While that is under way: what comes next.
-    [[maybe_unused]] const bool tells = lane == 0 || (lane == 1 && !place.is_own());
-    [[maybe_unused]] const uint32_t there = S::kCluster ? next_told(tells) : 0;
+    [[maybe_unused]] const bool tells = release.tells(!place.is_own());
+    [[maybe_unused]] const uint32_t there = S::kCluster ? release.next(shared, tells) : 0;
     place.advance(shared.ring, shared.num_ctas);
     const RingPosition next = place.position(shared.ring);
     engine.wait_projected(projected);

@@ -201,63 +201,6 @@ struct SharedMap {
   __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch + team * Scratch<S>::kBytes; }
 };
 
-// Where a role stands in a ring of slots.
-struct RingPosition {
-  int slot;
-  uint32_t parity;
-
-  __device__ __forceinline__ void advance(int chunks, int num_slots) {  // at most as many chunks as slots
-    slot += chunks;
-    const bool around = slot >= num_slots;
-    slot -= around ? num_slots : 0;
-    parity ^= around;
-  }
-};
-
-// Chunks are prepared by the CTAs in turn: whose a chunk is, and in which of its own slots it lies there.
-struct Turn {
-  int cta;
-  int slot;
-
-  __device__ __forceinline__ void advance(int chunks, const Ring& ring, int num_ctas) {  // by none or one
-    cta += chunks;
-    const bool around = cta == num_ctas;
-    cta = around ? 0 : cta;
-    slot += around;
-    slot = slot == ring.own_slots ? 0 : slot;
-  }
-};
-
-// The chunks one after another in a CTA that holds rows of S, in its own slots and in those of guests.
-struct ChunkPlace {
-  int rank;     // the CTA's
-  int builder;  // of this chunk
-  RingPosition own, guest;
-
-  static __device__ __forceinline__ ChunkPlace first(const Ring& ring, int rank) {
-    return {.rank = rank, .builder = 0, .own = {.slot = 0, .parity = 0}, .guest = {.slot = 0, .parity = 0}};
-  }
-  __device__ __forceinline__ bool is_own() const { return builder == rank; }
-  // Counted over all slots.
-  __device__ __forceinline__ RingPosition position(const Ring& ring) const {
-    return is_own() ? own : RingPosition{.slot = ring.own_slots + guest.slot, .parity = guest.parity};
-  }
-  __device__ __forceinline__ void advance(const Ring& ring, int num_ctas) {
-    own.advance(is_own(), ring.own_slots);
-    guest.advance(!is_own(), ring.guest_slots);
-    builder = builder + 1 == num_ctas ? 0 : builder + 1;
-  }
-};
-
-// Until the slot's last chunk has been made and consumed; a fresh barrier passes a wait for the odd parity, so the first
-// round finds every slot free. SlotFree alone implies FactorsReady, and RawReady implies both: a role waits for all that
-// it follows at first hand, because racecheck does not follow chains of barriers. (The waits fall through.)
-template <class S>
-__device__ __forceinline__ void await_reuse(const SharedMap<S>& shared, const RingPosition& ring) {
-  barrier_wait(shared.factors_ready(ring.slot), ring.parity ^ 1);
-  barrier_wait(shared.slot_free(ring.slot), ring.parity ^ 1);
-}
-
 // What a lane names to ldmatrix_x4 for a 16 x 16 block of a swizzled half panel, `block` counted inside the half, or of a
 // [32, 32] matrix; the four registers then hold
 // (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7, columns 8-15), (rows 8-15, columns 8-15).

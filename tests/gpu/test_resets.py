@@ -46,7 +46,7 @@ def where(condition: Callable, value: float, others: float = -0.01) -> Callable:
         t = torch.arange(T, device=DEVICE).view(-1, 1, 1)
         head = torch.arange(HV, device=DEVICE).view(-1, 1)
         chosen = condition(t, torch.arange(K, device=DEVICE), head)
-        return torch.where(chosen, value, others).expand(shape).float()
+        return torch.where(chosen, value, others).float().expand(shape).contiguous()
 
     return pattern
 
