@@ -200,8 +200,8 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
   const int64_t state_offset = (index * p.num_heads + head) * kHeadDim * kHeadDim;
 
-  // In a single CTA the state warps load, too: all slots before the first chunk, then, during each chunk, the one consumed
-  // last.
+  // In a single CTA the state warps load, too: all slots before the first chunk, then the one consumed last, before they wait
+  // for a chunk's factors: the team that prepares these has its next data there.
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
   const int ahead = shared.ring.own_slots * kChunk;
   if constexpr (!S::kCluster) {
@@ -244,6 +244,13 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
                          (next_state++ * p.num_heads + head) * kHeadDim * kHeadDim,
                   p.intermediate_states.v_first, first_row, lane);
     }
+    if constexpr (!S::kCluster) {
+      const int later = token - kChunk + ahead;
+      if (token > 0 && later < sequence.length) {
+        const RingPosition freed{.slot = last.slot, .parity = last.parity ^ 1};
+        loader.load_next(shared, freed, sequence.length - later, p.inputs_aligned, warp, lane);
+      }
+    }
     if (!ready) barrier_wait(shared.factors_ready(ring.slot), ring.parity);
 
     TokenFragment projected = {}, o = {}, u;
@@ -272,13 +279,6 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
     decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
     engine.template update_state<S>(s, operand, slot);
     if (S::kCluster && token > 0) send(last.slot, kChunk);
-    if constexpr (!S::kCluster) {
-      const int next = token - kChunk + ahead;
-      if (token > 0 && next < sequence.length) {
-        const RingPosition freed{.slot = last.slot, .parity = last.parity ^ 1};
-        loader.load_next(shared, freed, sequence.length - next, p.inputs_aligned, warp, lane);
-      }
-    }
     last = ring;
     ring = next;
     ready = barrier_peek(shared.factors_ready(ring.slot), ring.parity);
