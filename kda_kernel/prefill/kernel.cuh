@@ -12,7 +12,6 @@
 
 namespace kda::prefill {
 
-constexpr int kMaxCtas = 4;        // of a cluster
 constexpr int kMaxClusters = 128;  // with more heads than this no device is asked how many it runs at once
 
 __device__ inline void poison_state(const StateTensor& state, int64_t index) {

@@ -39,6 +39,8 @@ constexpr int kTiles = 2;  // of a chunk; the state chain's latency and its work
 constexpr int kChunk = kTiles * kTile;
 constexpr int kRowsPerStateWarp = 16;  // of V: one MMA tile
 
+constexpr int kMaxCtas = 4;  // of a cluster
+
 // Barriers are laid out for so many: all that 227 KB hold.
 constexpr int kMaxSlots = 6;
 constexpr int kSlotBarriers = 5;
@@ -157,8 +159,8 @@ constexpr int shared_bytes(Ring ring) {
 
 // As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams: with a bf16 gate 4 teams
 // and 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0), with an fp32 gate 3 and 4, 2 and 3, 1
-// and 2. In a cluster an own slot for each team and two for guests or more: 3 teams and 6 slots, 2 and 5. No slots if it
-// cannot be.
+// and 2. In a cluster 3 teams and 6 slots, 2 and 5; guests, which are every second chunk with two CTAs and more with three
+// or four, have two of them or what three own ones leave. No slots if it cannot be.
 template <class S>
 constexpr Ring fit_ring(int limit, int num_ctas) {
   for (int teams = S::kMaxTeams; teams > 0; --teams) {
@@ -179,6 +181,19 @@ constexpr int kLeastShared = 99 << 10;  // what a CTA may have from compute capa
 static_assert(fit_ring<Slot<__nv_bfloat16, 1>>(kLeastShared, 1).own_slots > 0 &&
                   fit_ring<Slot<float, 1>>(kLeastShared, 1).own_slots > 0,
               "either gate runs everywhere");
+
+// A team's chunks are in its CTA's own slots, and no more of them than that are on their way; guests need a place.
+template <class S>
+constexpr bool fits_clusters(int limit) {
+  for (int num_ctas = 2; num_ctas <= kMaxCtas; ++num_ctas) {
+    const Ring ring = fit_ring<S>(limit, num_ctas);
+    if (ring.num_teams > ring.own_slots || ring.own_slots == 0 || ring.guest_slots < 2) return false;
+  }
+  return true;
+}
+constexpr int kHopperShared = 227 << 10;
+static_assert(fits_clusters<Slot<__nv_bfloat16, 2>>(kHopperShared) && fits_clusters<Slot<float, 2>>(kHopperShared),
+              "either gate runs in clusters");
 
 // Shared-memory addresses of one CTA.
 template <class S>
