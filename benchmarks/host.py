@@ -10,7 +10,8 @@ no sequence are measured, for which no kernel runs and nothing is launched.
 
 For scale, torch.empty, an addition and the package's operators by themselves stand beside the calls. The last
 column is what a call adds to its operator in Python; the operators whose names end in "new" allocate their
-results. Rounds of the rows alternate, so that a clock that changes touches all of them. Writes host-<device>.json into --out.
+results. Rounds of the rows alternate, so that a clock that changes touches all of them. Writes
+host-<device>.json into --out.
 """
 
 from __future__ import annotations

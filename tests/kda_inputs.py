@@ -32,6 +32,13 @@ def operator_flags(inputs: dict, **others: bool) -> int:
     return sum(number for name, number in FLAGS.items() if given.get(name))
 
 
+def new_results_arguments(inputs: dict) -> tuple:
+    """The arguments of kda_prefill_new and kda_decode_new for the inputs of `make_inputs`."""
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+    tensors = (inputs[name] for name in names)
+    return *tensors, operator_flags(inputs), inputs["lower_bound"], inputs["scale"], inputs["cu_seqlens"]
+
+
 class _Random:
     """Random float32 numbers on one device from one seed."""
 

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from kda_inputs import conv_layout, make_inputs, operator_flags
+from kda_inputs import conv_layout, make_inputs, new_results_arguments
 from torch.multiprocessing.reductions import StorageWeakRef
 
-INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 CALLS = ("chunk_kda", "fused_recurrent_kda")
 OPERATORS = {"chunk_kda": "kda_prefill_new", "fused_recurrent_kda": "kda_decode_new"}
 
@@ -27,10 +26,6 @@ def call(cpu_package, name):
 @pytest.fixture
 def operator(cpu_package, name):
     return getattr(cpu_package.ops, OPERATORS[name])
-
-
-def arguments(x: dict) -> tuple:
-    return *(x[name] for name in INPUTS), operator_flags(x), x["lower_bound"], x["scale"], x["cu_seqlens"]
 
 
 def apart(x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +61,7 @@ def test_results_are_those_of_the_operator_that_writes(call, operator, layout, s
         zeros = torch.zeros_like(x["initial_state"])
         want = call(**x | dict(initial_state=zeros), out=torch.empty_like(x["v"]))
     with torch.inference_mode():
-        for found in (operator(*arguments(changed)), call(**changed)):
+        for found in (operator(*new_results_arguments(changed)), call(**changed)):
             assert all(y.is_contiguous() and torch.equal(y, z) for y, z in zip(found, want))
             assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
 
@@ -84,7 +79,7 @@ def test_without_sequences_or_tokens(call, B, T):
 def test_opcheck(operator, cu_seqlens):
     """PyTorch's own check of the schema and the fake implementation."""
     x = make_inputs("softplus-init", 1, 8, 1, 2, cu_seqlens=cu_seqlens, initial_state=True)
-    torch.library.opcheck(operator, arguments(x))
+    torch.library.opcheck(operator, new_results_arguments(x))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -120,7 +115,7 @@ def test_what_the_operator_refuses_is_the_references(cpu_package, call, operator
     want = call(**x, out=torch.empty_like(x["v"]))
     with torch.inference_mode():
         with pytest.raises(RuntimeError):
-            operator(*arguments(x))
+            operator(*new_results_arguments(x))
         assert all(torch.equal(y, z) for y, z in zip(call(**x), want))
 
 
@@ -155,7 +150,7 @@ def test_bad_input_is_named(call, operator, bad, mode):
         with pytest.raises((RuntimeError, ValueError), match=message):
             call(**x)
         with pytest.raises(RuntimeError, match=message):
-            operator(*arguments(x))
+            operator(*new_results_arguments(x))
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["good", "bad"])
@@ -166,9 +161,9 @@ def test_nothing_is_kept(operator, fails):
     if fails:
         x["initial_state"] = x["initial_state"][:, :1]
         with pytest.raises(RuntimeError, match="initial_state: expected shape"):
-            operator(*arguments(x))
+            operator(*new_results_arguments(x))
     else:
-        x["o"], x["final_state"] = operator(*arguments(x))
+        x["o"], x["final_state"] = operator(*new_results_arguments(x))
     storages = [StorageWeakRef(y.untyped_storage()) for y in x.values() if isinstance(y, torch.Tensor)]
     assert len(storages) == (8 if fails else 10) and not any(storage.expired() for storage in storages)
     x.clear()

@@ -75,8 +75,8 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
   const int warp_lane = opaque(threadIdx.x % 32);
   const Team<S> team{.index = warp / S::kTeamWarps};
   if (team.index >= shared.ring.num_teams) return;
-  const int num_ctas = S::kCluster ? shared.num_ctas : 1;
-  RingPosition ring{.slot = 0, .parity = 0};
+  const int num_ctas = shared.num_ctas;
+  RingPosition ring;
   ring.advance(team.index, shared.ring.own_slots);
   const int num_chunks = (length + kChunk - 1) / kChunk;
   for (int round = team.index; round * num_ctas + rank < num_chunks; round += shared.ring.num_teams) {

@@ -169,7 +169,7 @@ __device__ void load_role(const PrefillParams& p, const SharedMap<S>& shared, co
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
   if (ChunkLoader<S>::tensor(warp) == ChunkLoader<S>::kTensorV) {
     if (rank >= S::kParts) return;
-    ChunkPlace place = ChunkPlace::first(rank);
+    ChunkPlace place{.rank = rank};
     const int ahead = shared.ring.num_slots() * kChunk;
 #pragma unroll 1
     for (int token = 0; token < sequence.length; token += kChunk) {
@@ -182,7 +182,7 @@ __device__ void load_role(const PrefillParams& p, const SharedMap<S>& shared, co
       place.advance(shared.ring, ctas);
     }
   } else {
-    RingPosition ring{.slot = 0, .parity = 0};
+    RingPosition ring;
     loader.skip(rank);
     const int step = ctas * kChunk, ahead = shared.ring.own_slots * step;
 #pragma unroll 1

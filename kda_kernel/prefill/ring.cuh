@@ -8,8 +8,8 @@ namespace kda::prefill {
 
 // Where a role stands in a ring of slots.
 struct RingPosition {
-  int slot;
-  uint32_t parity;
+  int slot = 0;
+  uint32_t parity = 0;
 
   __device__ __forceinline__ void advance(int chunks, int num_slots) {  // at most as many chunks as slots
     slot += chunks;
@@ -31,13 +31,10 @@ __device__ __forceinline__ void await_reuse(const SharedMap<S>& shared, const Ri
 // The chunks one after another in a CTA that holds rows of S, in its own slots and in those of guests. (No branches: the
 // state warps have this in their chain.)
 struct ChunkPlace {
-  int rank;     // the CTA's
-  int builder;  // of this chunk
+  int rank;         // the CTA's
+  int builder = 0;  // of this chunk
   RingPosition own, guest;
 
-  static __device__ __forceinline__ ChunkPlace first(int rank) {
-    return {.rank = rank, .builder = 0, .own = {.slot = 0, .parity = 0}, .guest = {.slot = 0, .parity = 0}};
-  }
   __device__ __forceinline__ bool is_own() const { return builder == rank; }
   // Counted over all slots.
   __device__ __forceinline__ RingPosition position(const Ring& ring) const {

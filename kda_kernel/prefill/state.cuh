@@ -205,7 +205,7 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
   const int ahead = shared.ring.own_slots * kChunk;
   if constexpr (!S::kCluster) {
-    RingPosition ring{.slot = 0, .parity = 0};
+    RingPosition ring;
 #pragma unroll 1
     for (int token = 0; token < min(ahead, sequence.length); token += kChunk, ++ring.slot) {
       loader.load_next(shared, ring, sequence.length - token, p.inputs_aligned, warp, lane);
@@ -225,7 +225,7 @@ __device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, c
                            ? p.num_intermediate_states
                            : intermediate_states_before(p.cu_seqlens, index, p.num_tokens);
   Engine engine(lane);
-  ChunkPlace place = ChunkPlace::first(S::kCluster ? rank : 0);
+  ChunkPlace place{.rank = rank};
   RingPosition ring = place.position(shared.ring), last = ring;
   // A chunk's o leaves through v's place. In a cluster, where every clock of the chain counts, that is done while the next
   // chunk's products are under way.

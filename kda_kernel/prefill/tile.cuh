@@ -85,8 +85,9 @@ __device__ __forceinline__ void accumulate_gate(float2 (&G)[kTile], uint32_t gat
 }
 
 // The bounded way: a lane holds a pair of channels for all tokens and replaces in place; `pair` is its place at token 0 in
-// half a panel. Eight tokens' code, twice: unrolled over the tile, it would be a tenth of what has to fit in the
-// instruction cache. (Registers cannot be indexed: G moves up by eight.)
+// half a panel. In a cluster eight tokens' code, twice: unrolled over the tile, it would be a tenth of what has to fit in the
+// instruction cache. (Registers cannot be indexed: G moves up by eight.) In a single CTA, with fewer roles at a time, the
+// whole tile's code is faster.
 template <class S>
 __device__ __forceinline__ void scale_pairs(float2 (&G)[kTile], const TileFactors<S>& to, float2 total, uint32_t pair) {
   constexpr int kFromQToK = S::kK - S::kQ;

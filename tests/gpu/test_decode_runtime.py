@@ -9,7 +9,7 @@ import torch
 from decode_harness import BF16, FP32, check, inputs_for, op_arguments, pool_for, run
 from decode_inputs import shuffled_slots
 from harness import DEVICE
-from kda_inputs import operator_flags
+from kda_inputs import new_results_arguments
 
 TOKENS = ("q", "k", "v", "g", "beta")
 
@@ -186,9 +186,7 @@ def test_opcheck(kernel_package, inplace):
 def test_opcheck_of_new_results(kernel_package):
     """The same for the operator that allocates its results."""
     x = inputs_for("lower-weak", 3, 2, 2)
-    names = (*TOKENS, "A_log", "dt_bias", "initial_state")
-    arguments = (*(x[name] for name in names), operator_flags(x), x["lower_bound"], None, x["cu_seqlens"])
-    torch.library.opcheck(kernel_package.ops.kda_decode_new, arguments)
+    torch.library.opcheck(kernel_package.ops.kda_decode_new, new_results_arguments(x))
 
 
 def test_gradients_come_from_the_reference(kernel_package):

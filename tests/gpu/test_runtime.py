@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import DEVICE, TOLERANCE, assert_accurate, inputs_for, op_arguments
-from kda_inputs import operator_flags, rel_rms, to_float64
+from kda_inputs import new_results_arguments, rel_rms, to_float64
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
@@ -269,9 +269,7 @@ def test_opcheck(kernel_package, shape):
 def test_opcheck_of_new_results(kernel_package, shape):
     """The same for the operator that allocates its results."""
     x = inputs_for("lower-weak", H=2, **shape)
-    names = (*TOKEN_INPUTS, "A_log", "dt_bias", "initial_state")
-    arguments = (*(x[name] for name in names), operator_flags(x), x["lower_bound"], None, x["cu_seqlens"])
-    torch.library.opcheck(kernel_package.ops.kda_prefill_new, arguments)
+    torch.library.opcheck(kernel_package.ops.kda_prefill_new, new_results_arguments(x))
 
 
 def test_gradients_come_from_the_reference(kernel_package):
