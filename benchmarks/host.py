@@ -62,6 +62,7 @@ def make_calls(kernel, x: dict) -> dict:
     out, final_state, row = x["out"], x["final_state"], torch.ones(D, device=v.device)
     prefill_flags = flags.attention_flags(True, True, True, False, True)
     decode_flags = prefill_flags | flags.INPLACE
+    # the operators' rarer arguments, which only calls of no sequence need
     bounds = () if cu_seqlens is None else (None, None, None, cu_seqlens)
     new_bounds = () if cu_seqlens is None else (None, cu_seqlens)
 
@@ -71,7 +72,10 @@ def make_calls(kernel, x: dict) -> dict:
         )  # fmt: skip
 
     def decode():
-        ops.kda_decode(q, k, v, g, beta, A_log, dt_bias, state, out, D**-0.5, -5.0, decode_flags, *bounds)
+        ops.kda_decode(q, k, v, g, beta, A_log, dt_bias, state, decode_flags, -5.0, None, *bounds)
+
+    def decode_into_out():
+        ops.kda_decode(q, k, v, g, beta, A_log, dt_bias, state, decode_flags, -5.0, out, *bounds)
 
     def prefill_new():
         ops.kda_prefill_new(q, k, v, g, beta, A_log, dt_bias, state, prefill_flags, -5.0, *new_bounds)
@@ -100,6 +104,13 @@ def make_calls(kernel, x: dict) -> dict:
         kernel.fused_recurrent_kda(
             q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=state, cu_seqlens=cu_seqlens,
             lower_bound=-5.0, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, inplace_final_state=True, state_v_first=True,
+        )  # fmt: skip
+
+    def recurrent_into_out():
+        kernel.fused_recurrent_kda(
+            q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=state, cu_seqlens=cu_seqlens,
+            lower_bound=-5.0, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
             use_beta_sigmoid_in_kernel=True, inplace_final_state=True, state_v_first=True, out=out,
         )  # fmt: skip
 
@@ -112,6 +123,8 @@ def make_calls(kernel, x: dict) -> dict:
         "chunk_kda": (chunk, "operator kda_prefill_new"),
         "operator kda_decode": (decode, None),
         "fused_recurrent_kda, in place": (recurrent_in_place, "operator kda_decode"),
+        "operator kda_decode into out": (decode_into_out, None),
+        "fused_recurrent_kda into out": (recurrent_into_out, "operator kda_decode into out"),
         "operator kda_decode_new": (decode_new, None),
         "fused_recurrent_kda": (recurrent, "operator kda_decode_new"),
     }

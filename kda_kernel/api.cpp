@@ -82,9 +82,11 @@ kda::Results kda_prefill_new(kda::Tensor& q, kda::Tensor& k, kda::Tensor& v, kda
                              std::optional<double> lower_bound, std::optional<double> scale,
                              std::optional<kda::Tensor>& cu_seqlens) {
   using namespace kda;
-  NewCall call(q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale, cu_seqlens);
+  std::optional<Tensor> out;
+  const Call call(q, k, v, g, beta, A_log, dt_bias, flags, lower_bound, scale, cu_seqlens, out);
+  make_dense_state(initial_state);
   const Sizes sizes = check_attention(call.arguments);
   std::optional<Tensor> final_state = new_final_state(sizes, v);
   prefill(call.arguments, sizes, initial_state, final_state, std::nullopt);
-  return {call.out.release(), final_state->release()};
+  return {out->release(), final_state->release()};
 }

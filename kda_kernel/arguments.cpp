@@ -99,18 +99,18 @@ void make_dense_fp32(std::optional<Tensor>& x) {
   make_dense(x);
 }
 
-Tensor new_output(const Tensor& v) {
+const Tensor& new_output(std::optional<Tensor>& out, const Tensor& v) {
   check_defined(v, "v");
   STD_TORCH_CHECK(v.dim() == 4, "v: expected shape [B, T, HV, 128], got ", bracketed(v.sizes()));
-  return Tensor::empty({v.size(0), v.size(1), v.size(2), v.size(3)}, v.dtype(), v);
+  return out.emplace(Tensor::empty({v.size(0), v.size(1), v.size(2), v.size(3)}, v.dtype(), v));
 }
 
 }  // namespace
 
-NewCall::NewCall(Tensor& q, Tensor& k, Tensor& v, Tensor& g, const Tensor& beta, std::optional<Tensor>& A_log,
-                 std::optional<Tensor>& dt_bias, std::optional<Tensor>& initial_state, int64_t flags,
-                 std::optional<double> lower_bound, std::optional<double> scale, std::optional<Tensor>& cu_seqlens)
-    : out(new_output(v)),
+Call::Call(Tensor& q, Tensor& k, Tensor& v, Tensor& g, const Tensor& beta, std::optional<Tensor>& A_log,
+           std::optional<Tensor>& dt_bias, int64_t flags, std::optional<double> lower_bound,
+           std::optional<double> scale, std::optional<Tensor>& cu_seqlens, std::optional<Tensor>& out)
+    : makes_out(!out),
       arguments{.q = q,
                 .k = k,
                 .v = v,
@@ -119,16 +119,19 @@ NewCall::NewCall(Tensor& q, Tensor& k, Tensor& v, Tensor& g, const Tensor& beta,
                 .A_log = A_log,
                 .dt_bias = dt_bias,
                 .cu_seqlens = cu_seqlens,
-                .out = out,
+                .out = out ? *out : new_output(out, v),
                 .scale = scale.value_or(kDefaultScale),
                 .lower_bound = lower_bound,
                 .flags = flags} {
   for (Tensor* x : {&q, &k, &v, &g}) make_rows_dense(*x);
   make_dense_fp32(A_log);
   make_dense_fp32(dt_bias);
-  const bool bf16_state = initial_state && initial_state->scalar_type() == ScalarType::BFloat16;
-  bf16_state ? make_dense_fp32(initial_state) : make_dense(initial_state);
   make_dense(cu_seqlens);
+}
+
+void make_dense_state(std::optional<Tensor>& initial_state) {
+  const bool bf16 = initial_state && initial_state->defined() && initial_state->scalar_type() == ScalarType::BFloat16;
+  bf16 ? make_dense_fp32(initial_state) : make_dense(initial_state);
 }
 
 Tensor new_final_state(const Sizes& sizes, const Tensor& v) {

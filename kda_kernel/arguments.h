@@ -34,18 +34,21 @@ struct AttentionArguments {
   bool has(Flag flag) const { return (flags & flag) != 0; }
 };
 
-// What the operators that allocate their results have in common. They also take what the kernels can't read as it lies,
-// and put a copy in its place: rows of q, k, v and g that are not contiguous, A_log, dt_bias, initial_state and
-// cu_seqlens that are not, A_log and dt_bias in another dtype, initial_state in bfloat16.
-struct NewCall {
-  NewCall(Tensor& q, Tensor& k, Tensor& v, Tensor& g, const Tensor& beta, std::optional<Tensor>& A_log,
-          std::optional<Tensor>& dt_bias, std::optional<Tensor>& initial_state, int64_t flags,
-          std::optional<double> lower_bound, std::optional<double> scale, std::optional<Tensor>& cu_seqlens);
-  NewCall(const NewCall&) = delete;  // `arguments` refers to `out`
+// The arguments of the operators behind the calls that Python's users make. These operators also take what the kernels
+// can't read as it lies, and put a copy in its place: rows of q, k, v and g that are not contiguous, A_log, dt_bias and
+// cu_seqlens that are not, A_log and dt_bias in another dtype.
+struct Call {
+  // `out` of None becomes a new tensor as v, contiguous.
+  Call(Tensor& q, Tensor& k, Tensor& v, Tensor& g, const Tensor& beta, std::optional<Tensor>& A_log,
+       std::optional<Tensor>& dt_bias, int64_t flags, std::optional<double> lower_bound, std::optional<double> scale,
+       std::optional<Tensor>& cu_seqlens, std::optional<Tensor>& out);
 
-  Tensor out;  // as v, contiguous
-  AttentionArguments arguments;
+  bool makes_out;
+  AttentionArguments arguments;  // which refer to those above
 };
+
+// Of a start that only has to be read: contiguous, in float32 where it is in bfloat16.
+void make_dense_state(std::optional<Tensor>& initial_state);
 
 using Results = std::tuple<Result, Result>;  // o and the final state
 

@@ -49,6 +49,13 @@ class Tensor {
     return Tensor(handle);
   }
 
+  // In the place of a result: None in Python.
+  static Result undefined() {
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&handle));
+    return {handle};
+  }
+
   bool defined() const { return defined_; }
   AtenTensorHandle get() const { return handle_.get(); }
   Result release() { return {handle_.release()}; }

@@ -333,7 +333,7 @@ def test_unknown_flags_are_refused(cpu_package, op, flags):
     with pytest.raises(RuntimeError, match=rf"flags: expected a sum of .*, got {flags}$"):
         op(*tokens, x["cu_seqlens"], x["out"], x["final_state"], 0.1, None, flags)
     with pytest.raises(RuntimeError, match=r"flags: expected a sum of .*, got 64$"):
-        cpu_package.ops.kda_decode(*tokens, x["out"], 0.1, None, FLAGS["PORTABLE"])
+        cpu_package.ops.kda_decode(*tokens, FLAGS["PORTABLE"], None, x["out"])
     assert x["out"].isnan().all() and x["final_state"].isnan().all()
 
 

@@ -217,13 +217,16 @@ def test_gradients_come_from_the_reference(cpu_package):
         cpu_package.fused_recurrent_kda(**x, inplace_final_state=True)
 
 
+@pytest.mark.parametrize("written", [False, True], ids=["new", "out"])
 @pytest.mark.parametrize("pooled", [False, True], ids=["states", "pool"])
-def test_compiles_to_one_graph(cpu_package, pooled):
+def test_compiles_to_one_graph(cpu_package, pooled, written):
     x = decode_inputs("lower-weak", 3, 1, 2, initial_state=not pooled)
 
     def step(pool, indices, **x):
         if pooled:
             x |= dict(initial_state=pool, ssm_state_indices=indices, inplace_final_state=True)
+        if written:
+            x |= dict(out=torch.empty_like(x["v"]))
         o, state = cpu_package.fused_recurrent_kda(**x)
         return o + 1, state
 
@@ -286,14 +289,13 @@ def test_kernel_call_in_place(cpu_package, fake_gpu):
     x = on_fake_gpu(x)
     o, state = cpu_package.fused_recurrent_kda(**x, inplace_final_state=True)
     (call,) = fake_gpu
-    assert (
-        o is call["out"] and o.shape == (3, 4, 4, 128) and o.dtype == BF16 and o.is_contiguous() and o.is_cuda
-    )
+    assert call["out"] is None and o is call["results"]
+    assert o.shape == (3, 4, 4, 128) and o.dtype == BF16 and o.is_contiguous() and o.is_cuda
     assert state is x["initial_state"] and call["final_state"] is None
     assert call["state_indices"] is x["ssm_state_indices"]
     for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "num_accepted_tokens"):
         assert call[name] is x[name], f"{name} was copied"
-    assert call["scale"] == 128**-0.5 and call["lower_bound"] is None
+    assert call["scale"] is None and call["lower_bound"] is None
     assert call["flags"] == operator_flags(x, INPLACE=True)
 
 
@@ -306,7 +308,7 @@ def test_kernel_call_with_a_final_state(cpu_package, fake_gpu, state_dtype, pool
     x = on_fake_gpu(x)
     o, final_state = cpu_package.fused_recurrent_kda(**x)
     (call,) = fake_gpu
-    made = (call["out"], call["final_state"]) if pooled else call["results"]
+    made = (call["results"], call["final_state"]) if pooled else call["results"]
     assert made == (o, final_state) and o.shape == x["v"].shape and o.dtype == BF16 and o.is_cuda
     assert final_state.shape == (3, 2, 128, 128) and final_state.is_cuda
     assert final_state.dtype == (state_dtype if pooled else FP32)
@@ -316,23 +318,70 @@ def test_kernel_call_with_a_final_state(cpu_package, fake_gpu, state_dtype, pool
 
 
 def test_kernel_call_writes_into_out(cpu_package, fake_gpu):
-    x = on_fake_gpu(decode_inputs("lower-weak", 2, 1, 1, output_final_state=False))
+    x = on_fake_gpu(decode_inputs("lower-weak", 2, 1, 1, initial_state=True, output_final_state=False))
     out = torch.empty_like(x["v"])
     assert cpu_package.fused_recurrent_kda(**x, out=out) == (out, None)
-    assert fake_gpu[0]["out"] is out and fake_gpu[0]["final_state"] is None
+    o, state = cpu_package.fused_recurrent_kda(**x, out=out, inplace_final_state=True)
+    assert o is out and state is x["initial_state"]
+    for call in fake_gpu:
+        assert call["out"] is out and call["final_state"] is None and call["results"] is None
+    assert [call["flags"] for call in fake_gpu] == [operator_flags(x), operator_flags(x, INPLACE=True)]
 
 
-def test_convolution_layout_is_copied_once(cpu_package, monkeypatch):
-    calls = []
-    module = sys.modules[cpu_package.fused_recurrent_kda.__module__]
-    monkeypatch.setattr(module, "kda_decode", lambda *args: calls.append(args))
-    x = decode_inputs("zero", 1, 20, 2, output_final_state=False)
-    strided = {name: conv_layout(x[name]) for name in ("q", "k", "v")}
-    o, _ = cpu_package.fused_recurrent_kda(**x | strided)
-    ((q, k, v, g, *_),) = calls
-    for name, y in dict(q=q, k=k, v=v).items():
-        assert y.is_contiguous() and torch.equal(y, x[name]), name
-    assert g is x["g"] and o.is_contiguous()
+@pytest.mark.parametrize("written", [False, True], ids=["new", "out"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["last-state", "in-place"])
+def test_what_lies_otherwise_is_copied(cpu_package, inplace, written):
+    """By the operator: q, k, v and g as the convolution leaves them, gate parameters in another dtype."""
+    x = decode_inputs("softplus-init", 2, 3, 2, initial_state=True, output_final_state=False)
+    x["dt_bias"] = x["dt_bias"].bfloat16().float()
+    lies = {name: conv_layout(x[name]) for name in ("q", "k", "v", "g")}
+    lies |= dict(A_log=x["A_log"].double(), dt_bias=x["dt_bias"].bfloat16().T.contiguous().T)
+    results = []
+    for inputs in (x, x | lies):
+        out = torch.full_like(x["v"], float("nan")) if written else None
+        inputs = inputs | dict(initial_state=x["initial_state"].clone(), inplace_final_state=inplace, out=out)
+        with torch.inference_mode():
+            o, state = cpu_package.fused_recurrent_kda(**inputs)
+        assert o.is_contiguous() and (o is out if written else o.dtype == BF16)
+        results.append((o, inputs["initial_state"]))
+        assert state is (inputs["initial_state"] if inplace else None)
+    assert all(torch.equal(y, z) for y, z in zip(*results))
+    assert inplace != torch.equal(results[0][1], x["initial_state"])
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["final-state", "in-place"])
+@pytest.mark.parametrize("written", [False, True], ids=["new", "out"])
+def test_opcheck(cpu_package, inplace, written):
+    """PyTorch's own check of the schema, its marks of mutation, and the fake implementation."""
+    x = decode_inputs("lower-weak", 2, 2, 2, initial_state=True)
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+    out = torch.zeros_like(x["v"]) if written else None
+    final_state = None if inplace else torch.zeros_like(x["initial_state"])
+    torch.library.opcheck(
+        cpu_package.ops.kda_decode,
+        (*(x[name] for name in names), operator_flags(x, INPLACE=inplace), x["lower_bound"], out),
+        dict(final_state=final_state),
+    )
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["new", "out"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_the_operator_is_asked_first_in_place(cpu_package, monkeypatch, mode, written):
+    """And what it refuses goes to the reference, with the state as it was."""
+    api, decode = (sys.modules[f"{cpu_package.__name__}.{name}"] for name in ("api", "decode"))
+    asked = []
+    reason = api.reference_reason
+    for module in (api, decode):
+        monkeypatch.setattr(module, "reference_reason", lambda *inputs: asked.append(inputs) or reason(*inputs))
+    for dtype in (BF16, torch.float16):
+        x = decode_inputs("softplus-init", 2, 3, 2, dtype=dtype, initial_state=True)
+        want = cpu_package.reference.recurrent_kda(**x)
+        out = torch.full_like(x["v"], float("nan")) if written else None
+        with mode():
+            o, state = cpu_package.fused_recurrent_kda(**x, out=out, inplace_final_state=True)
+        assert state is x["initial_state"] and (out is None or o is out)
+        assert rel_rms(o, want[0]) < 5e-3 and rel_rms(state, want[1]) < 1e-5
+        assert len(asked) == (dtype != BF16)
 
 
 def test_gate_parameters_act_only_with_the_gate(cpu_package, fake_gpu):

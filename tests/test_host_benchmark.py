@@ -26,8 +26,8 @@ def test_the_calls_write_their_results(cpu_package):
     for name, outputs in {
         "operator kda_prefill": ("out", "final_state"),
         "fwd": ("out", "final_state"),
-        "operator kda_decode": ("out",),
-        "fused_recurrent_kda, in place": ("out",),
+        "operator kda_decode into out": ("out",),
+        "fused_recurrent_kda into out": ("out",),
     }.items():
         x |= {output: torch.full(shape, float("nan")) for output, shape in shapes.items()}
         x["out"] = x["out"].bfloat16()
@@ -54,5 +54,6 @@ def test_rows(cpu_package, tmp_path, monkeypatch, capsys):
         "chunk_kda": "operator kda_prefill_new",
         "fused_recurrent_kda": "operator kda_decode_new",
         "fused_recurrent_kda, in place": "operator kda_decode",
+        "fused_recurrent_kda into out": "operator kda_decode into out",
     }.items():
         assert rows[name]["over_operator_us"] == pytest.approx(rows[name]["us"] - rows[operator]["us"])

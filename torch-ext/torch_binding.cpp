@@ -13,16 +13,9 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, float scale, "
       "float? lower_bound, int flags=23, Tensor(c!)? intermediate_states=None) -> ()");
-  // state_indices [N] or [N, T_max], num_accepted_tokens [N] int32 or int64; with state_indices, initial_state is
-  // [slots, HV, ...], contiguous but for the first dimension. docs/decode.md says which slots are read and written.
-  ops.def(
-      "kda_decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
-      "Tensor(a!)? initial_state, Tensor(b!) out, float scale, float? lower_bound, int flags, "
-      "Tensor(c!)? final_state=None, Tensor? state_indices=None, Tensor? num_accepted_tokens=None, "
-      "Tensor? cu_seqlens=None) -> ()");
-  // The same with results that the operators allocate: o, contiguous, and the final state in fp32. They copy what the
-  // others refuse for how it lies, A_log and dt_bias in another dtype, a bf16 initial_state. A scale of None is
-  // 128 ** -0.5.
+  // The operators that `chunk_kda` and `fused_recurrent_kda` call. They copy what kda_prefill refuses for how it lies, and
+  // A_log and dt_bias in another dtype. A scale of None is 128 ** -0.5. Those that end in "new" allocate both results,
+  // o, contiguous, and the final state in fp32, and also copy a bf16 or strided initial_state.
   ops.def(
       "kda_prefill_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, int flags, float? lower_bound=None, float? scale=None, Tensor? cu_seqlens=None) "
@@ -31,6 +24,14 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "kda_decode_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, int flags, float? lower_bound=None, float? scale=None, Tensor? cu_seqlens=None) "
       "-> (Tensor, Tensor)");
+  // Without `out` it allocates o, contiguous, and returns it; with `out` it returns None. state_indices [N] or [N, T_max],
+  // num_accepted_tokens [N] int32 or int64; with state_indices, initial_state is [slots, HV, ...], contiguous but for the
+  // first dimension. docs/decode.md says which slots are read and written.
+  ops.def(
+      "kda_decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
+      "Tensor(a!)? initial_state, int flags, float? lower_bound=None, Tensor(b!)? out=None, "
+      "Tensor? state_indices=None, float? scale=None, Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, "
+      "Tensor(c!)? final_state=None) -> Tensor");
 #if !defined(CPU_KERNEL)
   // H = HV. gate as v; conv_state [N or slots, 3 * HV * D, 3 or 4], conv_weight [3 * HV * D, 4], conv_bias
   // [3 * HV * D], norm_weight [D] bf16 or fp32; recurrent_state as kda_decode's initial_state.

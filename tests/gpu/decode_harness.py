@@ -34,8 +34,8 @@ def op_arguments(
     """Positional arguments of the operator `kda_decode`."""
     return (
         x["q"], x["k"], x["v"], x["g"], x["beta"], x["A_log"], x["dt_bias"],
-        x["initial_state"] if state is None else state, out, 128**-0.5 if x["scale"] is None else x["scale"],
-        x["lower_bound"], operator_flags(x, INPLACE=inplace), final_state, indices, accepted, x["cu_seqlens"],
+        x["initial_state"] if state is None else state, operator_flags(x, INPLACE=inplace), x["lower_bound"],
+        out, indices, x["scale"], accepted, x["cu_seqlens"], final_state,
     )  # fmt: skip
 
 

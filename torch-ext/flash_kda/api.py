@@ -187,11 +187,11 @@ def chunk_kda(
     )  # fmt: skip
     makes_both = output_final_state and out is None and not return_intermediate_states
     if makes_both:
-        results = new_results(
-            kda_prefill_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale,
-            cu_seqlens,
-        )  # fmt: skip
-        if results is not None:
+        rare = () if scale is None and cu_seqlens is None else (scale, cu_seqlens)
+        results = try_kernel(
+            kda_prefill_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, *rare
+        )
+        if results is not NotImplemented:
             return results
     if makes_both or reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
         if out is not None:
@@ -308,32 +308,27 @@ def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | N
     return None
 
 
-def new_results(
-    operator, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale, cu_seqlens
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """o and the final state, by an operator that makes both, or None when the reference serves the call.
+def try_kernel(operator, q, k, v, g, beta, A_log, dt_bias, initial_state, *options):
+    """What `operator` returns, or NotImplemented when the reference serves the call.
 
-    In eager inference the operator itself is asked: before it launches anything it refuses whatever
-    `reference_reason` has a reason against. Of derivatives, of tensors of another device and in a graph that
-    is being compiled it knows nothing: then `reference_reason`, which takes 1.5 us, is asked first.
+    The operator takes what the kernels can't read as it lies. In eager mode it is asked itself: before it writes
+    or launches anything it refuses whatever `reference_reason`, which takes 1.5 us, has a reason against. Of
+    derivatives, of tensors of another device and in a graph that is being compiled it knows nothing.
     """
-    ask_first = (
-        not isinstance(q, torch.Tensor)
-        or not (q.is_cpu if device_type == "cpu" else q.is_cuda)
-        or torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-    )
-    if ask_first and reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
-        return None
-    # the operator's last arguments are None by default; each None that is given takes the dispatcher 0.1 us
-    rare = () if scale is None and cu_seqlens is None else (scale, cu_seqlens)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
+    if torch.compiler.is_compiling():
+        return operator(*inputs, *options) if reference_reason(*inputs) is None else NotImplemented
+    if not isinstance(q, torch.Tensor) or not (q.is_cpu if device_type == "cpu" else q.is_cuda):
+        return NotImplemented
+    if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and _needs_grad(*inputs):
+        return NotImplemented
     try:
-        return operator(q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, *rare)
+        # what an OpOverload's __call__ calls, without its 0.3 us
+        return getattr(operator, "_op", operator)(*inputs, *options)
     except RuntimeError:
-        if ask_first or reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is None:
+        if reference_reason(*inputs) is None:
             raise
-    return None
+    return NotImplemented
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -341,7 +336,7 @@ def _needs_grad(*tensors: torch.Tensor | None) -> bool:
     neither, and would silently give none, or a zero."""
     if torch.is_grad_enabled():
         for x in tensors:
-            if x is not None and x.requires_grad:
+            if getattr(x, "requires_grad", False):  # of what is no tensor, others complain
                 return True
     if forward_ad._current_level < 0:
         return False

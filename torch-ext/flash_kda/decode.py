@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import reference_decode
-from .api import DEFAULT_SCALE, HEAD_DIM, check_out, dense_fp32, new_results, reference_reason, state_layout
+from .api import HEAD_DIM, check_out, dense_fp32, reference_reason, state_layout, try_kernel
 from .flags import INPLACE, attention_flags
 from .ops import kda_decode, kda_decode_new
 
@@ -95,65 +95,48 @@ def fused_recurrent_kda(
     if not use_gate_in_kernel:
         A_log = dt_bias = None
 
+    # From here on every line counts: a step takes the host longer than the GPU.
     flags = attention_flags(
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
         state_v_first,
     )  # fmt: skip
     pooled = ssm_state_indices is not None or num_accepted_tokens is not None
-    makes_both = output_final_state and out is None and not inplace_final_state and not pooled
-    if makes_both:
-        results = new_results(
-            kda_decode_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, scale,
-            cu_seqlens,
-        )  # fmt: skip
-        if results is not None:
-            return results
-    if makes_both or reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
-        return _by_reference(
-            q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
-            use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
-            lower_bound, state_v_first, cu_seqlens, inplace_final_state, ssm_state_indices,
-            num_accepted_tokens, out=out,
-        )  # fmt: skip
-
-    if not q.is_contiguous() and q.stride(-1) != 1:
-        q = q.contiguous()
-    if not k.is_contiguous() and k.stride(-1) != 1:
-        k = k.contiguous()
-    if not v.is_contiguous() and v.stride(-1) != 1:
-        v = v.contiguous()
-    if not g.is_contiguous() and g.stride(-1) != 1:
-        g = g.contiguous()
-    if A_log is not None:
-        A_log = dense_fp32(A_log)
-    if dt_bias is not None:
-        dt_bias = dense_fp32(dt_bias)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-    if out is None:
-        out = torch.empty_like(v)
-    final_state = None
-    if not inplace_final_state:
-        if ssm_state_indices is None and initial_state is not None:
-            initial_state = dense_fp32(initial_state)
-            if output_final_state:
-                final_state = torch.empty_like(initial_state)
-        elif output_final_state:
-            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state_dtype = torch.float32 if initial_state is None else initial_state.dtype
-            final_state = v.new_empty(N, v.shape[2], HEAD_DIM, HEAD_DIM, dtype=state_dtype)
     if inplace_final_state:
-        flags |= INPLACE
-    rare = ()
-    if pooled or cu_seqlens is not None:
-        rare = (final_state, ssm_state_indices, num_accepted_tokens, cu_seqlens)
-    elif final_state is not None:
-        rare = (final_state,)
-    kda_decode(
-        q, k, v, g, beta, A_log, dt_bias, initial_state, out, DEFAULT_SCALE if scale is None else scale,
-        lower_bound, flags, *rare,
+        # the operator's last arguments are None by default; each one that is given takes the dispatcher 0.1 us
+        rare = ()
+        if pooled or scale is not None or cu_seqlens is not None:
+            rare = (ssm_state_indices, scale, num_accepted_tokens, cu_seqlens)
+        o = try_kernel(
+            kda_decode, q, k, v, g, beta, A_log, dt_bias, initial_state, flags | INPLACE, lower_bound, out, *rare
+        )
+        if o is not NotImplemented:
+            return o if out is None else out, initial_state
+    elif output_final_state and out is None and not pooled:
+        rare = () if scale is None and cu_seqlens is None else (scale, cu_seqlens)
+        results = try_kernel(
+            kda_decode_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, *rare
+        )
+        if results is not NotImplemented:
+            return results
+    elif reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is None:
+        if initial_state is not None and ssm_state_indices is None:
+            initial_state = dense_fp32(initial_state)
+        final_state = None
+        if output_final_state:
+            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            dtype = torch.float32 if initial_state is None else initial_state.dtype
+            final_state = v.new_empty(N, v.shape[2], HEAD_DIM, HEAD_DIM, dtype=dtype)
+        o = kda_decode(
+            q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, out, ssm_state_indices, scale,
+            num_accepted_tokens, cu_seqlens, final_state,
+        )  # fmt: skip
+        return o if out is None else out, final_state
+    return _by_reference(
+        q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        lower_bound, state_v_first, cu_seqlens, inplace_final_state, ssm_state_indices,
+        num_accepted_tokens, out=out,
     )  # fmt: skip
-    return out, initial_state if inplace_final_state else final_state
 
 
 def _by_reference(*arguments, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -66,16 +66,17 @@ def _kda_decode_fake(
     A_log,
     dt_bias,
     initial_state,
-    out,
-    scale,
-    lower_bound,
     flags,
-    final_state=None,
+    lower_bound=None,
+    out=None,
     state_indices=None,
+    scale=None,
     num_accepted_tokens=None,
     cu_seqlens=None,
-) -> None:
-    """The operator writes into initial_state, out and final_state and returns nothing."""
+    final_state=None,
+) -> torch.Tensor | None:
+    """o, or None where it is written into out; the operator also writes into initial_state and final_state."""
+    return v.new_empty(v.shape) if out is None else None
 
 
 @torch.library.register_fake(add_op_namespace_prefix("kda_prefill_new"))
