@@ -444,9 +444,9 @@ def test_gradients_and_old_gpus_go_to_the_reference(api, fake_gpu, monkeypatch):
         with torch.inference_mode():
             assert api.reference_reason(*leaves, None, None, None) is None
     leaf = [*tensors[:-1], tensors[-1].detach().requires_grad_()]
-    options = (None, None, None, operator_flags({}), None, None, None)
-    assert api.try_kernel(api.kda_prefill_new, *leaf, *options) is NotImplemented and not fake_gpu
+    call = (api.kda_prefill_new, (*leaf, None, None, None), (operator_flags({}),))
+    assert api.try_kernel(*call) is NotImplemented and not fake_gpu
     with torch.inference_mode():
-        assert api.try_kernel(api.kda_prefill_new, *leaf, *options) == fake_gpu[0]["results"]
+        assert api.try_kernel(*call) == fake_gpu[0]["results"]
     monkeypatch.setattr(api, "_sm_major", lambda device: 7)
     assert api.reference_reason(*tensors, None, None, None) == "the GPU is older than SM80"

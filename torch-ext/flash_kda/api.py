@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import intermediate, reference
 from .flags import attention_flags
@@ -188,9 +189,8 @@ def chunk_kda(
     makes_both = output_final_state and out is None and not return_intermediate_states
     if makes_both:
         rare = () if scale is None and cu_seqlens is None else (scale, cu_seqlens)
-        results = try_kernel(
-            kda_prefill_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, *rare
-        )
+        inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
+        results = try_kernel(kda_prefill_new, inputs, (flags, lower_bound, *rare))
         if results is not NotImplemented:
             return results
     if makes_both or reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is not None:
@@ -308,16 +308,16 @@ def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | N
     return None
 
 
-def try_kernel(operator, q, k, v, g, beta, A_log, dt_bias, initial_state, *options):
+def try_kernel(operator, inputs: tuple, options: tuple):
     """What `operator` returns, or NotImplemented when the reference serves the call.
 
-    The operator takes what the kernels can't read as it lies. In eager mode it is asked itself: before it writes
+    inputs: q, k, v, g, beta, A_log, dt_bias, initial_state. The operator takes what the kernels can't read as it lies. In eager mode it is asked itself: before it writes
     or launches anything it refuses whatever `reference_reason`, which takes 1.5 us, has a reason against. Of
     derivatives, of tensors of another device and in a graph that is being compiled it knows nothing.
     """
-    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operator(*inputs, *options) if reference_reason(*inputs) is None else NotImplemented
+    q = inputs[0]
     if not isinstance(q, torch.Tensor) or not (q.is_cpu if device_type == "cpu" else q.is_cuda):
         return NotImplemented
     if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and _needs_grad(*inputs):
@@ -358,7 +358,7 @@ def dense_fp32(x: torch.Tensor) -> torch.Tensor:
 def _sm_major(index: int) -> int:
     """Of CUDA device `index`."""
     # torch.compile makes a constant of the properties, and would compile anew for a dictionary that changes
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.cuda.get_device_properties(index).major
     major = _sm_majors.get(index)
     if major is None:

@@ -100,25 +100,22 @@ def fused_recurrent_kda(
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
         state_v_first,
     )  # fmt: skip
-    pooled = ssm_state_indices is not None or num_accepted_tokens is not None
+    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
     if inplace_final_state:
         # the operator's last arguments are None by default; each one that is given takes the dispatcher 0.1 us
-        rare = ()
-        if pooled or scale is not None or cu_seqlens is not None:
+        if scale is None and num_accepted_tokens is None and cu_seqlens is None:
+            rare = () if ssm_state_indices is None else (ssm_state_indices,)
+        else:
             rare = (ssm_state_indices, scale, num_accepted_tokens, cu_seqlens)
-        o = try_kernel(
-            kda_decode, q, k, v, g, beta, A_log, dt_bias, initial_state, flags | INPLACE, lower_bound, out, *rare
-        )
+        o = try_kernel(kda_decode, inputs, (flags | INPLACE, lower_bound, out, *rare))
         if o is not NotImplemented:
             return o if out is None else out, initial_state
-    elif output_final_state and out is None and not pooled:
+    elif output_final_state and out is None and ssm_state_indices is None and num_accepted_tokens is None:
         rare = () if scale is None and cu_seqlens is None else (scale, cu_seqlens)
-        results = try_kernel(
-            kda_decode_new, q, k, v, g, beta, A_log, dt_bias, initial_state, flags, lower_bound, *rare
-        )
+        results = try_kernel(kda_decode_new, inputs, (flags, lower_bound, *rare))
         if results is not NotImplemented:
             return results
-    elif reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) is None:
+    elif reference_reason(*inputs) is None:
         if initial_state is not None and ssm_state_indices is None:
             initial_state = dense_fp32(initial_state)
         final_state = None
