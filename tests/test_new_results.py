@@ -154,6 +154,21 @@ def test_bad_input_is_named(call, operator, bad, mode):
             operator(*new_results_arguments(x))
 
 
+@pytest.mark.parametrize("argument", ["k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_a_tensor_without_memory_is_refused(call, name, mode, argument):
+    """One on "meta" takes the dispatcher to the fake, which must not make results of it."""
+    x = make_inputs("lower-weak", 1, 6, 2, initial_state=True)
+    out = torch.zeros_like(x["v"])
+    kinds = [dict(), dict(out=out)]
+    if name == "fused_recurrent_kda":
+        kinds += [options | dict(inplace_final_state=True) for options in kinds]
+    for options in kinds:
+        with mode(), pytest.raises((RuntimeError, ValueError), match=f"({argument}|out): expected"):
+            call(**x | {argument: x[argument].to("meta")}, **options)
+    assert not out.any()
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["good", "bad"])
 def test_nothing_is_kept(operator, fails):
     """After a call, refused or not, nobody but the caller holds a tensor, copies and results included."""

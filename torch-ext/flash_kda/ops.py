@@ -23,6 +23,14 @@ device_type = (
 )
 
 
+def _check_devices(q: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises RuntimeError where a tensor is not on q's device. If that is "meta", a fake is what torch calls, whatever
+    the rest of the tensors are."""
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            raise RuntimeError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+
+
 @torch.library.register_fake(add_op_namespace_prefix("kda_prefill"))
 def _kda_prefill_fake(
     q,
@@ -42,6 +50,10 @@ def _kda_prefill_fake(
     intermediate_states=None,
 ) -> None:
     """The operator writes into out, final_state and intermediate_states and returns nothing."""
+    _check_devices(
+        q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state,
+        cu_seqlens=cu_seqlens, out=out, final_state=final_state, intermediate_states=intermediate_states,
+    )  # fmt: skip
 
 
 @torch.library.register_fake(add_op_namespace_prefix("kda_short_conv"))
@@ -76,6 +88,11 @@ def _kda_decode_fake(
     final_state=None,
 ) -> torch.Tensor | None:
     """o, or None where it is written into out; the operator also writes into initial_state and final_state."""
+    _check_devices(
+        q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state, out=out,
+        state_indices=state_indices, num_accepted_tokens=num_accepted_tokens, cu_seqlens=cu_seqlens,
+        final_state=final_state,
+    )  # fmt: skip
     return v.new_empty(v.shape) if out is None else None
 
 
@@ -96,6 +113,10 @@ def _new_fake(
     cu_seqlens=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o and the final state."""
+    _check_devices(
+        q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return v.new_empty(v.shape), v.new_empty((N, v.shape[2], 128, 128), dtype=torch.float32)
 
