@@ -311,9 +311,10 @@ def reference_reason(q, k, v, g, beta, A_log, dt_bias, initial_state) -> str | N
 def try_kernel(operator, inputs: tuple, options: tuple):
     """What `operator` returns, or NotImplemented when the reference serves the call.
 
-    inputs: q, k, v, g, beta, A_log, dt_bias, initial_state. The operator takes what the kernels can't read as it lies. In eager mode it is asked itself: before it writes
-    or launches anything it refuses whatever `reference_reason`, which takes 1.5 us, has a reason against. Of
-    derivatives, of tensors of another device and in a graph that is being compiled it knows nothing.
+    inputs: q, k, v, g, beta, A_log, dt_bias, initial_state. The operator takes what the kernels can't read as it
+    lies. In eager mode it is asked itself: before it writes or launches anything it refuses whatever
+    `reference_reason`, which takes 1.5 us, has a reason against. Of derivatives, of tensors of another device and
+    in a graph that is being compiled it knows nothing.
     """
     if is_compiling():
         return operator(*inputs, *options) if reference_reason(*inputs) is None else NotImplemented

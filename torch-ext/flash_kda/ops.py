@@ -24,8 +24,8 @@ device_type = (
 
 
 def _check_devices(q: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raises RuntimeError where a tensor is not on q's device. If that is "meta", a fake is what torch calls, whatever
-    the rest of the tensors are."""
+    """Raises RuntimeError where a tensor is not on q's device. If its own is "meta", a fake is what torch calls,
+    whatever the rest of the tensors are."""
     for name, x in others.items():
         if x is not None and x.device != q.device:
             raise RuntimeError(f"{name}: expected the device of q, {q.device}, got {x.device}")
