@@ -75,10 +75,12 @@ def measure_host(kernel, fla) -> dict:
     """Host milliseconds of an eager call of each, on a shape that takes the device less time than that."""
     sets = decode_sets(DecodeCase(1, 4), 1, torch.float32, 2)
     without_out = [{name: y for name, y in x.items() if name != "out"} for x in sets]
+    new = [x | {"inplace_final_state": False, "output_final_state": True} for x in without_out]
     decode = kernel.fused_recurrent_kda
     times = {
-        "fused_recurrent_kda": timing.time_host(lambda x: decode(**x), without_out),
-        "fused_recurrent_kda into out": timing.time_host(lambda x: decode(**x), sets),
+        "fused_recurrent_kda with new results": timing.time_host(lambda x: decode(**x), new),
+        "in place": timing.time_host(lambda x: decode(**x), without_out),
+        "in place into out": timing.time_host(lambda x: decode(**x), sets),
     }
     if hasattr(kernel, "fused_kda_decode"):
         fused = fused_sets(DecodeCase(1, 4), 1, torch.float32, 2)
