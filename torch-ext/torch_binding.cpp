@@ -24,9 +24,10 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "kda_decode_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, int flags, float? lower_bound=None, float? scale=None, Tensor? cu_seqlens=None) "
       "-> (Tensor, Tensor)");
-  // Without `out` it allocates o, contiguous, and returns it; with `out` it returns None. state_indices [N] or [N, T_max],
-  // num_accepted_tokens [N] int32 or int64; with state_indices, initial_state is [slots, HV, ...], contiguous but for the
-  // first dimension. docs/decode.md says which slots are read and written.
+  // Without `out` it allocates o, contiguous, and returns it; with `out` it returns None (torch.compile takes no operator
+  // that writes into its arguments and says that it returns Tensor?). state_indices [N] or [N, T_max], num_accepted_tokens
+  // [N] int32 or int64; with state_indices, initial_state is [slots, HV, ...], contiguous but for the first dimension.
+  // docs/decode.md says which slots are read and written.
   ops.def(
       "kda_decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor(a!)? initial_state, int flags, float? lower_bound=None, Tensor(b!)? out=None, "

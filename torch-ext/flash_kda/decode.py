@@ -95,7 +95,7 @@ def fused_recurrent_kda(
     if not use_gate_in_kernel:
         A_log = dt_bias = None
 
-    # From here on every line counts: a step takes the host longer than the GPU.
+    # From here on every line counts: a step of a few sequences takes the host longer than the GPU.
     flags = attention_flags(
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
         state_v_first,
