@@ -20,6 +20,9 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// The compiler may not move what reads or writes this register, or memory, across this point.
+__device__ __forceinline__ void keep_in_place(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
 // ---- matrix fragments ------------------------------------------------------------------------------------
 
 // Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives, of each matrix,

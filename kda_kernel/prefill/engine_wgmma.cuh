@@ -42,7 +42,7 @@ __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int x = 0; x < 4; ++x) asm volatile("" : "+f"(d[n][x])::"memory");
+    for (int x = 0; x < 4; ++x) keep_in_place(d[n][x]);
   }
 }
 

@@ -1,0 +1,169 @@
+// Stands in for kda_kernel/common/ptx.cuh: the same functions, by what PTX's manual says of their instructions.
+#pragma once
+
+#include "emulator.h"
+
+namespace kda {
+
+inline uint32_t smem_address(const void*) { return emulator::first_address(); }  // there is one array, the dynamic one
+inline int opaque(int x) { return x; }
+inline void keep_in_place(float&) {}
+
+// ---- matrix fragments ------------------------------------------------------------------------------------
+
+inline void load_matrices(uint32_t (&d)[4], uint32_t address, bool transposed) {
+  struct Lane {
+    uint32_t* d;
+    uint32_t address;
+    bool transposed;
+  } mine{d, address, transposed};
+  emulator::collective("ldmatrix", &mine, [](void* const* lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t x[8][8];
+      for (int row = 0; row < 8; ++row) {
+        const auto* lane = static_cast<const Lane*>(lanes[8 * matrix + row]);
+        std::memcpy(x[row], emulator::shared(lane->address, 16), 16);
+      }
+      for (int i = 0; i < 32; ++i) {
+        const auto* lane = static_cast<const Lane*>(lanes[i]);
+        const int a = i / 4, b = i % 4 * 2;
+        const uint32_t low = lane->transposed ? x[b][a] : x[a][b], high = lane->transposed ? x[b + 1][a] : x[a][b + 1];
+        lane->d[matrix] = low | high << 16;
+      }
+    }
+  });
+}
+inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t address) { load_matrices(d, address, false); }
+inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t address) { load_matrices(d, address, true); }
+
+inline uint32_t movmatrix_trans(uint32_t x) {
+  return emulator::exchange<uint32_t, uint32_t>("movmatrix", x, [](const uint32_t* all, int i) {
+    const auto element = [&](int row, int column) { return all[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
+    return element(i % 4 * 2, i / 4) | element(i % 4 * 2 + 1, i / 4) << 16;
+  });
+}
+
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&x)[4]) {
+  struct Lane {
+    uint32_t address;
+    const uint32_t* x;
+  } mine{address, x};
+  emulator::collective("stmatrix", &mine, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      uint16_t row[8];
+      for (int column = 0; column < 8; ++column) {
+        const uint32_t pair = static_cast<const Lane*>(lanes[column * 4 + i % 8 / 2])->x[i / 8];
+        row[column] = static_cast<uint16_t>(pair >> i % 2 * 16);
+      }
+      std::memcpy(emulator::shared(static_cast<const Lane*>(lanes[i])->address, 16), row, 16);
+    }
+  });
+}
+
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{d, a, {b0, b1}};
+  emulator::collective("mma", &mine, [](void* const* lanes) {
+    const auto of = [&](int lane) { return static_cast<const Lane*>(lanes[lane]); };
+    emulator::multiply(
+        8, [&](int lane, int i) { return of(lane)->a[i]; },
+        [&](int k, int column) {
+          const uint32_t pair = of(column * 4 + k % 8 / 2)->b[k / 8];
+          return k % 2 ? emulator::high(pair) : emulator::low(pair);
+        },
+        [&](int lane, int, int x) -> float& { return of(lane)->d[x]; });
+  });
+}
+
+inline uint32_t pack_bf16(float low, float high) {
+  const auto bits = [](float x) -> uint32_t { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); };
+  return bits(low) | bits(high) << 16;
+}
+inline float2 unpack_bf16(uint32_t packed) { return make_float2(emulator::low(packed), emulator::high(packed)); }
+
+inline uint32_t spread_signs(uint32_t x) { return (x & 0x8000 ? 0xffff : 0) | (x & 0x80000000 ? 0xffff0000 : 0); }
+
+// ---- shared memory ---------------------------------------------------------------------------------------
+
+inline void store_shared(uint32_t address, uint32_t value) { emulator::store(address, value); }
+inline void store_shared_u16(uint32_t address, uint16_t value) { emulator::store(address, value); }
+inline void store_shared_float(uint32_t address, float value) { emulator::store(address, value); }
+inline void store_shared_float2(uint32_t address, float x, float y) { emulator::store(address, make_float2(x, y)); }
+inline uint32_t load_shared(uint32_t address) { return emulator::load<uint32_t>(address); }
+inline float2 load_shared_float2(uint32_t address) { return emulator::load<float2>(address); }
+inline float4 load_shared_float4(uint32_t address) { return emulator::load<float4>(address); }
+inline uint4 load_shared_uint4(uint32_t address) { return emulator::load<uint4>(address); }
+inline void store_shared_float4(uint32_t address, const float (&x)[4]) {
+  emulator::store(address, make_float4(x[0], x[1], x[2], x[3]));
+}
+inline void store_shared_uint4(uint32_t address, uint4 value) { emulator::store(address, value); }
+inline void fence_proxy_async() {}
+
+// ---- asynchronous copies and barriers --------------------------------------------------------------------
+
+// They happen when the barrier is told, which is the latest moment.
+inline void cp_async_16(uint32_t address, const void* source, bool valid) {
+  void* target = emulator::shared(address, 16);
+  emulator::in_flight(address, true);
+  emulator::copies().push_back([=] {
+    emulator::in_flight(address, false);
+    if (valid) {
+      std::memcpy(target, source, 16);
+    } else {
+      std::memset(target, 0, 16);
+    }
+  });
+}
+inline void prefetch_l2(const void*) {}
+
+inline void barrier_init(uint32_t barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
+inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier); }
+inline void barrier_arrive_after_cp_async(uint32_t barrier) {
+  emulator::later([copies = std::exchange(emulator::copies(), {}), barrier] {
+    for (const auto& copy : copies) copy();
+    emulator::barrier_arrive(barrier);
+  }, true);
+}
+inline bool barrier_peek(uint32_t barrier, uint32_t parity) {
+  return emulator::barrier_test(barrier, parity) && emulator::chance(0.9);
+}
+inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
+inline void named_barrier_sync(int barrier, int threads) { emulator::named_barrier(barrier, threads); }
+
+// ---- clusters of CTAs --------------------------------------------------------------------------------------
+
+inline void fence_barrier_init() {}
+inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+inline void cluster_sync() {
+  emulator::cluster_arrive();
+  emulator::cluster_wait();
+}
+inline uint32_t remote_address(uint32_t address, int cta) { return emulator::remote(address, cta); }
+inline void barrier_arrive_expecting(uint32_t barrier, int bytes) { emulator::barrier_arrive(barrier, bytes); }
+inline void barrier_arrive_remote(uint32_t barrier) {
+  emulator::later([=] { emulator::barrier_arrive(barrier); });
+}
+inline void copy_to_remote(uint32_t target, uint32_t source, int bytes, uint32_t barrier) {
+  const void* from = emulator::shared(source, bytes);
+  void* to = emulator::shared(target, bytes, false);
+  emulator::later([=] {
+    std::memcpy(to, from, bytes);
+    emulator::barrier_bytes(barrier, bytes);
+  });
+}
+
+// ---- special functions -----------------------------------------------------------------------------------
+
+inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::max(x, y); }
+inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::min(x, y); }
+
+inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
+inline float log2_approx(float x) { return flush(std::log2(flush(x))); }
+inline float reciprocal_approx(float x) { return flush(1.0f / flush(x)); }
+
+}  // namespace kda

@@ -1,0 +1,222 @@
+// A GPU of threads that are run one after another, for kernels compiled as plain C++: what CUDA gives to device code, and the
+// launch calls of its runtime. Included before everything else.
+//
+// Every CUDA thread is a fiber. A fiber runs until it waits; the scheduler takes warps in random order, leaves some out, and
+// lets whatever is asynchronous (copies, arrivals at other CTAs' barriers, products) happen at a random later time that the
+// program allows. Shared memory starts as NaN. What is wrong stops the launch with a message: all threads waiting, a collective
+// that a warp's lanes do not enter together, an address outside or misaligned.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace emulator {
+
+// ---- what is running ---------------------------------------------------------------------------------------
+
+unsigned thread_index();
+unsigned block_index();
+unsigned block_size();
+int lane();
+int own_rank();
+
+// A number of the calling thread's, as it is when it is read.
+template <unsigned (*kGet)()>
+struct Word {
+  operator unsigned() const { return kGet(); }
+};
+
+[[noreturn]] void fail(const char* what);
+
+// Lets others run until *word is no longer `value`.
+void wait_while(const uint32_t* word, uint32_t value);
+
+// A random yes with this probability.
+bool chance(double probability);
+
+// `happens` at a random later time; `in_order`, after what the same thread has put off so before.
+void later(std::function<void()> happens, bool in_order = false);
+
+// All 32 lanes enter with their arguments; the last to come calls `run` with all of them. `name` says which collective it is.
+void collective(const char* name, void* arguments, void (*run)(void* const* of_lanes));
+
+// Meets `threads` others of the CTA that name this barrier (0 to 15), or all of the cluster's threads.
+void named_barrier(int barrier, int threads);
+void cluster_arrive();
+void cluster_wait();
+
+// ---- shared memory -----------------------------------------------------------------------------------------
+
+// The place of `bytes` at an address, which has the CTA's rank in the cluster from bit 24 on. `local`: it has to be in the
+// calling thread's CTA.
+void* shared(uint32_t address, int bytes, bool local = true);
+uint32_t remote(uint32_t address, int cta);
+uint32_t first_address();
+
+template <class T>
+T load(uint32_t address) {
+  T x;
+  std::memcpy(&x, shared(address, sizeof(T)), sizeof(T));
+  return x;
+}
+template <class T>
+void store(uint32_t address, const T& x) {
+  std::memcpy(shared(address, sizeof(T)), &x, sizeof(T));
+}
+
+void barrier_init(uint32_t barrier, int arrivals);
+void barrier_arrive(uint32_t barrier, int expected_bytes = 0);
+void barrier_bytes(uint32_t barrier, int bytes);
+bool barrier_test(uint32_t barrier, uint32_t parity);
+void barrier_wait(uint32_t barrier, uint32_t parity);
+
+// The calling thread's: copies that have been started and not yet been handed to a barrier; wgmma's products, as the header
+// that emulates it keeps them.
+std::vector<std::function<void()>>& copies();
+// A piece of the calling thread's shared memory, of 16 bytes, is written by a copy from now on, or no more: nobody touches it.
+void in_flight(uint32_t address, bool begins);
+std::shared_ptr<void>& products();
+
+// ---- warps -------------------------------------------------------------------------------------------------
+
+inline void sync_warp() {
+  collective("__syncwarp", nullptr, [](void* const*) {});
+}
+
+// Every lane gives a value and `all` makes the lanes' results from all of them.
+template <class T, class R, class F>
+R exchange(const char* name, T value, F all) {
+  struct Arguments {
+    T value;
+    R result;
+    F* all;
+  } mine{value, R{}, &all};
+  collective(name, &mine, [](void* const* lanes) {
+    T values[32];
+    for (int i = 0; i < 32; ++i) values[i] = static_cast<Arguments*>(lanes[i])->value;
+    for (int i = 0; i < 32; ++i) {
+      auto* arguments = static_cast<Arguments*>(lanes[i]);
+      arguments->result = (*arguments->all)(values, i);
+    }
+  });
+  return mine.result;
+}
+
+inline float bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+inline float low(uint32_t pair) { return bf16(static_cast<uint16_t>(pair)); }
+inline float high(uint32_t pair) { return bf16(static_cast<uint16_t>(pair >> 16)); }
+
+// D[16, columns] += A[16, 16] B[16, columns] over a warp's fragments. a[lane][4], d(lane, n, x); b(k, column).
+template <class A, class B, class D>
+void multiply(int columns, A a, B b, D d) {
+  float rows[16][16];
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+      rows[row][k] = low(a(lane, i));
+      rows[row][k + 1] = high(a(lane, i));
+    }
+  }
+  for (int column = 0; column < columns; ++column) {
+    float operand[16];
+    for (int k = 0; k < 16; ++k) operand[k] = b(k, column);
+    for (int row = 0; row < 16; ++row) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += rows[row][k] * operand[k];
+      d(row % 8 * 4 + column % 8 / 2, column / 8, row / 8 * 2 + column % 2) += sum;
+    }
+  }
+}
+
+// ---- launches ----------------------------------------------------------------------------------------------
+
+// The device that launches go to: the most CTAs a cluster may have, and the shared memory of a CTA in bytes.
+struct Device {
+  int cluster_ctas;
+  int shared_bytes;
+};
+
+void run_grid(dim3 grid, int threads, int cluster_ctas, int shared_bytes, const std::function<void()>& kernel);
+
+}  // namespace emulator
+
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __shared__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__
+
+inline const struct {
+  emulator::Word<emulator::thread_index> x;
+} threadIdx{};
+inline const struct {
+  emulator::Word<emulator::block_index> x;
+} blockIdx{};
+inline const struct {
+  emulator::Word<emulator::block_size> x;
+} blockDim{};
+
+inline int __popc(uint32_t x) { return std::popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+using std::max;
+using std::min;
+
+inline void __syncwarp() { emulator::sync_warp(); }
+template <class T>
+T __shfl_sync(uint32_t, T x, int lane) {
+  return emulator::exchange<std::pair<T, int>, T>("__shfl_sync", {x, lane}, [](const std::pair<T, int>* all, int i) {
+    return all[all[i].second % 32].first;
+  });
+}
+template <class T>
+T __shfl_xor_sync(uint32_t, T x, int mask) {
+  return __shfl_sync(~0u, x, emulator::lane() ^ mask);
+}
+inline uint32_t __ballot_sync(uint32_t, bool x) {
+  return emulator::exchange<bool, uint32_t>("__ballot_sync", x, [](const bool* all, int) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
+    return bits;
+  });
+}
+inline bool __all_sync(uint32_t, bool x) { return __ballot_sync(~0u, x) == ~0u; }
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t x) {
+  return emulator::exchange<uint32_t, uint32_t>("__reduce_max_sync", x,
+                                                [](const uint32_t* all, int) { return *std::max_element(all, all + 32); });
+}
+void __syncthreads();
+int __syncthreads_or(int x);
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+cudaError_t emulator_max_clusters(int* clusters, const cudaLaunchConfig_t* config);
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
+  return emulator_max_clusters(clusters, config);
+}
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
+  const int cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  emulator::run_grid(config->gridDim, config->blockDim.x, cluster, config->dynamicSmemBytes,
+                     [&] { std::apply(kernel, copies); });
+  return cudaSuccess;
+}

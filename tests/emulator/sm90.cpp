@@ -1,0 +1,3 @@
+#include "emulator.h"
+
+#include "prefill/sm90.cu"
