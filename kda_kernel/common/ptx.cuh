@@ -87,7 +87,40 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
   return y;
 }
 
+// ---- global memory ---------------------------------------------------------------------------------------
+
+// 16 bytes that are not worth a place in L1: each is read once or written once. volatile: the loads stay where they are
+// written, ahead of all that waits for other loads. kWholeLine: a neighbouring warp is about to ask for the rest of the
+// 128 bytes.
+template <bool kWholeLine>
+__device__ __forceinline__ uint4 load_once(const void* source) {
+  uint4 x;
+  if constexpr (kWholeLine) {
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(source));
+  } else {
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(source));
+  }
+  return x;
+}
+
+__device__ __forceinline__ void store_once(void* target, uint4 x) {
+  asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------
+
+// The block's one object of this type, not initialised.
+template <class T>
+__device__ __forceinline__ T& block_shared() {
+  __shared__ T object;
+  return object;
+}
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");

@@ -131,7 +131,7 @@ struct ConvChannel {
         head(head) {}
 
   __device__ __forceinline__ const __nv_bfloat16* input_address(Tokens tokens, int32_t token) const {
-    asm volatile("" : "+r"(tokens.batch), "+r"(tokens.begin));  // opaque, as in the kernel's load_token()
+    tokens.batch = opaque(tokens.batch), tokens.begin = opaque(tokens.begin);  // as in DecodeBlock::opaque_tokens()
     const TokenTensor& x = stream == 0 ? p.q : stream == 1 ? p.k : p.v;
     return static_cast<const __nv_bfloat16*>(x.data) + row_offset(x, tokens, token, head) + d;
   }

@@ -122,7 +122,7 @@ struct DecodeBlock {
   // Opaque, so that nothing of a row's address is kept from token to token: the state has taken the registers.
   __device__ __forceinline__ Tokens opaque_tokens() const {
     Tokens here = tokens;
-    asm volatile("" : "+r"(here.batch), "+r"(here.begin));
+    here.batch = opaque(here.batch), here.begin = opaque(here.begin);
     return here;
   }
 
@@ -242,12 +242,11 @@ template <class Elem, bool kVFirst, bool kFused, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, kHeadsPerSm)
     kda_decode_kernel(const __grid_constant__ ParamsFor<kFused> p) {
   using Block = DecodeBlock<Elem, kVFirst, kFused, kPlain>;
-  __shared__ typename Block::Shared shared;
   const int64_t index = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   if (index >= p.num_sequences) return;
   const unsigned first_value = blockIdx.x * (blockDim.x / 32 * kWarpValues);  // of [HV, V]
   Block block{.p = p,
-              .shared = shared,
+              .shared = block_shared<typename Block::Shared>(),
               .index = static_cast<int>(index),
               .head = static_cast<int>(first_value / kHeadDim),
               .first_value = static_cast<int>(first_value % kHeadDim),

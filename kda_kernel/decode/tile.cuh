@@ -19,30 +19,6 @@ namespace kda::decode {
 constexpr int kWarpValues = 16;
 constexpr int kWarpsPerHead = kHeadDim / kWarpValues;
 
-// Neither is worth a place in L1: every byte is read once and written once. volatile: the loads stay where they are
-// written, ahead of all that waits for other loads. kWholeLine: a neighbouring warp is about to ask for the rest of the
-// 128 bytes.
-template <bool kWholeLine>
-__device__ __forceinline__ uint4 load_once(const void* source) {
-  uint4 x;
-  if constexpr (kWholeLine) {
-    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(source));
-  } else {
-    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(source));
-  }
-  return x;
-}
-
-__device__ __forceinline__ void store_once(void* target, uint4 x) {
-  asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(x.x), "r"(x.y), "r"(x.z),
-               "r"(x.w)
-               : "memory");
-}
-
 template <class Elem, bool kVFirst>
 struct Tile {
   static constexpr int kVector = 16 / sizeof(Elem);

@@ -74,8 +74,9 @@ cudaError_t launch_gated_norm(const GatedNormParams& params, cudaStream_t stream
                     .heads = static_cast<uint32_t>(params.num_heads)};
   const uint32_t blocks = (shape.rows + kRowsAtOnce * kBatch - 1) / (kRowsAtOnce * kBatch);
   const auto kernel = params.aligned ? gated_norm_kernel<true> : gated_norm_kernel<false>;
-  kernel<<<blocks, kThreads, 0, stream>>>(params, shape);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = kThreads, config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, params, shape);
 }
 
 }  // namespace kda

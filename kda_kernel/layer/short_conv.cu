@@ -223,8 +223,9 @@ cudaError_t launch(const ShortConvParams& p, cudaStream_t stream) {
   const int64_t tiles = p.num_tokens == 0 ? 1 : (p.num_tokens + kTile - 1) / kTile;
   const dim3 grid(static_cast<unsigned>(tiles * p.num_rows), static_cast<unsigned>((groups + kThreads - 1) / kThreads));
   const auto kernel = p.aligned ? short_conv_kernel<W, true> : short_conv_kernel<W, false>;
-  kernel<<<grid, kThreads, 0, stream>>>(p, tiles, groups);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = kThreads, config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, p, tiles, groups);
 }
 
 }  // namespace
