@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import emulator_build  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from kernel_build import BuildError  # noqa: E402
@@ -135,6 +137,25 @@ def cpu_package(cpu_variant_dir: Path):
     from kernels import get_local_kernel
 
     return get_local_kernel(ROOT, backend="cpu")
+
+
+@pytest.fixture(scope="session")
+def emulated(toolchain, cpu_package, tmp_path_factory) -> emulator_build.Emulated:
+    """The GPU's operators on CPU tensors, by tests/emulator."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the emulator switches threads on x86-64 alone")
+    library = emulator_build.build(toolchain, tmp_path_factory.mktemp("emulator"))
+    return emulator_build.load(library, cpu_package)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of small tensors: torch's threads wait for each other actively, and where others want the
+    processors, for longer than the work takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

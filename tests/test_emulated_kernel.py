@@ -6,102 +6,23 @@ chooses. What it can't show is what the compiler makes of the sources for a GPU,
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
-import platform
 import re
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from gpu.harness import TOLERANCE, guarded_out, misaligned, op_arguments, run_op, worst_errors
+from emulator_build import SHARED, Emulated
+from harness import TOLERANCE, guarded_out, misaligned, op_arguments, run_op, worst_errors
 from kda_inputs import GATES, make_inputs, prefix_states, rel_rms, to_float64
 
-ROOT = Path(__file__).resolve().parent.parent
-EMULATOR = ROOT / "tests/emulator"
-SOURCES = [
-    *EMULATOR.glob("*.cpp"),
-    ROOT / "torch-ext/torch_binding.cpp",
-    ROOT / "kda_kernel/layer/api.cpp",
-    *(path for path in (ROOT / "kda_kernel").glob("*.cpp") if path.name != "cuda_backend.cpp"),
-]
-NAMESPACE = "flash_kda_emulated"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BF16, FP32 = torch.bfloat16, torch.float32
 
 SIZES = (1, 2, 3, 4)  # of clusters
 SEEDS = range(3)
-# Bytes of shared memory that a CTA may have, by compute capability.
-SHARED = {"9.0": 227 << 10, "8.0": 163 << 10, "8.6": 99 << 10}
 # Sequences of one token, none, a chunk and a token, and of more chunks than any cluster has slots.
 LENGTHS = (1, 0, 33, 720)
-
-
-@dataclass
-class Emulated:
-    """What tests use of the kernel package, with the emulated operators."""
-
-    ops: object
-    reference: object
-    library: ctypes.CDLL
-
-    def use(self, cluster_ctas: int = 1, shared_bytes: int = SHARED["9.0"], seed: int = 0) -> None:
-        """The device of later calls (the most CTAs of a cluster, a CTA's shared memory), and the order of its warps."""
-        self.library.emulator_configure(cluster_ctas, shared_bytes, ctypes.c_uint64(seed))
-
-
-def build(toolchain, folder: Path) -> Path:
-    """The operators with the emulator as their backend, as a library."""
-    torch_include = toolchain.torch_dir / "include"
-    includes = [
-        EMULATOR, ROOT / "kda_kernel", ROOT / "torch-ext", torch_include, torch_include / "torch/csrc/api/include",
-        toolchain.cuda_home / "include",
-    ]  # fmt: skip
-    defined = [
-        "CPU_KERNEL",
-        f"TORCH_EXTENSION_NAME={NAMESPACE}",
-        "TORCH_TARGET_VERSION=0x020b000000000000ULL",
-    ]
-    options = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden"]
-    options += [*(f"-D{name}" for name in defined), *(f"-I{path}" for path in includes)]
-
-    def run(*arguments: object) -> None:
-        command = [str(toolchain.host_compiler), *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.parent.name}-{source.stem}.o"
-        run(*options, "-c", source, "-o", target)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, SOURCES))
-    library = folder / f"{NAMESPACE}.so"
-    run(
-        "-shared",
-        *objects,
-        f"-L{toolchain.torch_dir / 'lib'}",
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-o",
-        library,
-    )
-    return library
-
-
-@pytest.fixture(scope="module")
-def emulated(toolchain, cpu_package, tmp_path_factory) -> Emulated:
-    if platform.machine() != "x86_64":
-        pytest.skip("the emulator switches threads on x86-64 alone")
-    path = build(toolchain, tmp_path_factory.mktemp("emulator"))
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(str(path))
-    library.emulator_fault.restype = ctypes.c_char_p
-    return Emulated(getattr(torch.ops, NAMESPACE), cpu_package.reference, library)
 
 
 def inputs_of(gate: str, lengths=LENGTHS, **options) -> dict:
@@ -223,6 +144,14 @@ FAULTS = (
     "an address behind shared memory",
     "another CTA's shared memory",
     "no barrier there",
+    "a barrier of a CTA that has ended",
+    "the address of what is not in shared memory",
+    "a misaligned address",
+    "shared memory that is declared in more than one piece",
+    "two threads at one place in shared memory",
+    "two threads at one place in shared memory",
+    "a place that a copy is on its way to",
+    "^$",
 )
 
 
@@ -235,8 +164,10 @@ def test_emulator_finds_faults(emulated):
 
 
 def test_emulator_runs_in_many_orders(emulated):
-    found = set()
-    for seed in range(20):
-        emulated.use(seed=seed)
-        found.add(emulated.library.emulator_race())
-    assert found == {0, 1}
+    """What a thread reads too early is there or not: another's store, its own copy, another CTA's store."""
+    for race in range(emulated.library.emulator_races()):
+        found = set()
+        for seed in range(20):
+            emulated.use(cluster_ctas=2, seed=seed)
+            found.add(emulated.library.emulator_race(race))
+        assert found == {0, 1}, f"race {race}"

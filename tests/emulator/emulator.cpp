@@ -58,8 +58,9 @@ struct Meeting {
 
 struct Cta {
   int rank = 0;
-  unsigned block = 0;
-  std::vector<uint8_t> memory;
+  dim3 block;
+  int running = 0;  // threads
+  Declared declared;
   std::vector<Barrier> barriers;
   std::vector<uint8_t> in_flight;
   Meeting meetings[16];
@@ -82,9 +83,11 @@ struct Thread {
   const uint32_t* word = nullptr;  // that it waits for
   uint32_t value = 0;
   std::vector<std::function<void()>> copies;
+  std::vector<std::shared_ptr<std::function<void()>>> put_off[2];  // Until; what has happened is empty
   std::deque<std::function<void()>> in_order;
   std::shared_ptr<void> products;
   uint32_t cluster_generation = 0;
+  Position position{};
 };
 
 // The threads of one cluster, and what is on its way.
@@ -95,6 +98,7 @@ struct Cluster {
   std::vector<std::function<void()>> events;
   Meeting meeting;
   int threads_per_cta = 0;
+  dim3 grid;
 };
 
 std::mt19937_64 random_numbers;
@@ -111,6 +115,7 @@ void start() {
   (*body)();
   if (!current->copies.empty()) fail("a thread ends with copies that no barrier waits for");
   current->done = true;
+  --current->cta->running;
   leave();
 }
 
@@ -218,6 +223,7 @@ Barrier& barrier_at(uint32_t address, bool any = false) {
   if (rank >= cluster->ctas.size() || place % 8 != 0 || place < kFirstAddress) fail("not a barrier's address");
   Cta& cta = cluster->ctas[rank];
   const size_t index = (place - kFirstAddress) / 8;
+  if (cta.running == 0) fail("a barrier of a CTA that has ended");
   if (index >= cta.barriers.size() || (cta.barriers[index].arrivals == 0 && !any)) fail("no barrier there");
   return cta.barriers[index];
 }
@@ -241,7 +247,10 @@ void meet(Meeting& meeting, int threads) {
 }  // namespace
 
 unsigned thread_index() { return current->index; }
-unsigned block_index() { return current->cta->block; }
+unsigned block_x() { return current->cta->block.x; }
+unsigned block_y() { return current->cta->block.y; }
+unsigned block_z() { return current->cta->block.z; }
+unsigned grid_y() { return cluster->grid.y; }
 unsigned block_size() { return cluster->threads_per_cta; }
 int lane() { return current->index % 32; }
 int own_rank() { return current->cta->rank; }
@@ -277,6 +286,21 @@ void later(std::function<void()> happens, bool in_order) {
     thread->in_order.pop_front();
     first();
   });
+}
+
+void put_off(Until until, std::function<void()> happens) {
+  const auto kept = std::make_shared<std::function<void()>>(std::move(happens));
+  current->put_off[until].push_back(kept);
+  later([kept] {
+    if (*kept) std::exchange(*kept, nullptr)();
+  });
+}
+void settle(Until until) {
+  auto all = std::exchange(current->put_off[until], {});
+  std::shuffle(all.begin(), all.end(), random_numbers);
+  for (const auto& kept : all) {
+    if (*kept) std::exchange(*kept, nullptr)();
+  }
 }
 
 void collective(const char* name, void* arguments, void (*run)(void* const*)) {
@@ -315,10 +339,27 @@ void* shared(uint32_t address, int bytes, bool local) {
   if (rank >= cluster->ctas.size() || place < kFirstAddress) fail("not an address in shared memory");
   Cta& cta = cluster->ctas[rank];
   if (local && &cta != current->cta) fail("another CTA's shared memory");
-  if (place - kFirstAddress + bytes > cta.memory.size()) fail("an address behind shared memory");
+  if (place - kFirstAddress + bytes > cta.declared.memory.size()) fail("an address behind shared memory");
   if (place % (bytes < 16 ? bytes : 16) != 0) fail("a misaligned address in shared memory");
   if (cta.in_flight[(place - kFirstAddress) / 16] != 0) fail("an address that a copy is writing to");
-  return cta.memory.data() + (place - kFirstAddress);
+  return cta.declared.memory.data() + (place - kFirstAddress);
+}
+void give_memory(Cta& cta, size_t bytes) {
+  cta.declared.memory.assign(bytes, 0xff);
+  cta.barriers.resize(bytes / 8);
+  cta.in_flight.resize(bytes / 16 + 1);
+}
+void* declared(size_t bytes) {
+  Cta& cta = *current->cta;
+  if (cta.declared.memory.empty()) give_memory(cta, bytes);
+  if (cta.declared.memory.size() != bytes) fail("shared memory that is declared in more than one piece");
+  return cta.declared.memory.data();
+}
+uint32_t address_of(const void* place) {
+  const auto& memory = current->cta->declared.memory;
+  const ptrdiff_t offset = static_cast<const uint8_t*>(place) - memory.data();
+  if (offset < 0 || offset >= static_cast<ptrdiff_t>(memory.size())) fail("the address of what is not in shared memory");
+  return first_address() + static_cast<uint32_t>(offset);
 }
 void in_flight(uint32_t address, bool begins) {
   Cta& cta = cluster->ctas[address >> kRankBit];
@@ -350,31 +391,44 @@ void barrier_wait(uint32_t barrier, uint32_t parity) {
   while ((at.phase & 1) == parity) wait_while(&at.phase, at.phase);
 }
 
+Position& position() {
+  static Position nowhere{};
+  return current != nullptr ? current->position : nowhere;
+}
+Declared& declared_by(int rank) { return cluster->ctas[rank].declared; }
+
 std::vector<std::function<void()>>& copies() { return current->copies; }
 std::shared_ptr<void>& products() { return current->products; }
 
+const Device& device() { return device_now; }
+
 void run_grid(dim3 grid, int threads, int cluster_ctas, int shared_bytes, const std::function<void()>& kernel) {
   if (shared_bytes > device_now.shared_bytes) throw std::runtime_error("emulator: more shared memory than a CTA may have");
+  if (cluster_ctas > device_now.cluster_ctas || grid.x % cluster_ctas != 0) {
+    throw std::runtime_error("emulator: not a cluster that the device has");
+  }
   body = &kernel;
   error.clear();
-  for (unsigned first = 0; first < grid.x; first += cluster_ctas) {
+  for (unsigned index = 0; index < grid.x / cluster_ctas * grid.y * grid.z; ++index) {
+    const unsigned row = index / (grid.x / cluster_ctas), first = index % (grid.x / cluster_ctas) * cluster_ctas;
     Cluster now;
     now.threads_per_cta = threads;
+    now.grid = grid;
     now.ctas.resize(cluster_ctas);
     now.warps.resize(cluster_ctas * threads / 32);
     now.threads.resize(cluster_ctas * threads);
     for (int rank = 0; rank < cluster_ctas; ++rank) {
       Cta& cta = now.ctas[rank];
       cta.rank = rank;
-      cta.block = first + rank;
-      cta.memory.assign(shared_bytes, 0xff);
-      cta.barriers.resize(shared_bytes / 8);
-      cta.in_flight.resize(shared_bytes / 16 + 1);
+      cta.block = dim3(first + rank, row % grid.y, row / grid.y);
+      cta.running = threads;
+      give_memory(cta, shared_bytes);
       for (int i = 0; i < threads; ++i) {
         const size_t index = static_cast<size_t>(rank) * threads + i;
         Thread& thread = now.threads[index];
         thread.cta = &cta;
         thread.index = i;
+        thread.position = {.thread = i, .cta_barriers = 0, .warp_barriers = 0, .declared = &cta.declared};
         thread.warp = &now.warps[index / 32];
         prepare(thread, index);
       }
@@ -382,13 +436,20 @@ void run_grid(dim3 grid, int threads, int cluster_ctas, int shared_bytes, const 
     cluster = &now;
     run_cluster();
     cluster = nullptr;
-    if (!error.empty()) throw std::runtime_error("emulator: cluster of block " + std::to_string(first) + ": " + error);
+    if (!error.empty()) throw std::runtime_error("emulator: cluster " + std::to_string(index) + ": " + error);
   }
 }
 
 }  // namespace emulator
 
-void __syncthreads() { emulator::named_barrier(0, emulator::cluster->threads_per_cta); }
+void __syncwarp() {
+  emulator::collective("__syncwarp", nullptr, [](void* const*) {});
+  ++emulator::current->position.warp_barriers;
+}
+void __syncthreads() {
+  emulator::named_barrier(0, emulator::cluster->threads_per_cta);
+  ++emulator::current->position.cta_barriers;
+}
 int __syncthreads_or(int x) {
   emulator::Cta& cta = *emulator::current->cta;
   cta.votes |= x;

@@ -26,7 +26,10 @@ namespace emulator {
 // ---- what is running ---------------------------------------------------------------------------------------
 
 unsigned thread_index();
-unsigned block_index();
+unsigned block_x();
+unsigned block_y();
+unsigned block_z();
+unsigned grid_y();
 unsigned block_size();
 int lane();
 int own_rank();
@@ -48,6 +51,12 @@ bool chance(double probability);
 // `happens` at a random later time; `in_order`, after what the same thread has put off so before.
 void later(std::function<void()> happens, bool in_order = false);
 
+// What the thread has put off until it waits for its copies, or until what it releases is seen by the cluster: it happens at
+// a random time before, or then.
+enum Until { kCopied, kReleased };
+void put_off(Until until, std::function<void()> happens);
+void settle(Until until);
+
 // All 32 lanes enter with their arguments; the last to come calls `run` with all of them. `name` says which collective it is.
 void collective(const char* name, void* arguments, void (*run)(void* const* of_lanes));
 
@@ -63,6 +72,10 @@ void cluster_wait();
 void* shared(uint32_t address, int bytes, bool local = true);
 uint32_t remote(uint32_t address, int cta);
 uint32_t first_address();
+
+// What a CTA declares to be in shared memory, which is all that it has of it, and the address of something there.
+void* declared(size_t bytes);
+uint32_t address_of(const void* place);
 
 template <class T>
 T load(uint32_t address) {
@@ -88,11 +101,33 @@ std::vector<std::function<void()>>& copies();
 void in_flight(uint32_t address, bool begins);
 std::shared_ptr<void>& products();
 
-// ---- warps -------------------------------------------------------------------------------------------------
+// ---- accesses to what is declared (accesses.cpp) ------------------------------------------------------------
 
-inline void sync_warp() {
-  collective("__syncwarp", nullptr, [](void* const*) {});
-}
+// What a CTA has declared, and what accesses.cpp knows of it.
+struct Declared {
+  std::vector<uint8_t> memory;
+  struct Accesses* accesses = nullptr;
+};
+Declared& declared_by(int rank);
+
+// The calling thread, how many of its CTA's and of its warp's barriers it has passed, and what its CTA has declared (null: no
+// thread is running).
+struct Position {
+  int thread;
+  uint32_t cta_barriers, warp_barriers;
+  Declared* declared;
+};
+Position& position();
+
+// Called for every access of code that is compiled for it: each has to be ordered with those of other threads.
+void access(const void* place, size_t bytes, bool writes);
+// A copy by the calling thread, which waits for all of them together.
+void copy_later(void* place, const void* source, size_t bytes);
+void wait_for_copies();
+// Writes to what a CTA has declared when a barrier in shared memory is about to tell so.
+void write_from_outside(int rank, void* place, const void* source, size_t bytes);
+
+// ---- warps -------------------------------------------------------------------------------------------------
 
 // Every lane gives a value and `all` makes the lanes' results from all of them.
 template <class T, class R, class F>
@@ -146,6 +181,7 @@ struct Device {
   int cluster_ctas;
   int shared_bytes;
 };
+const Device& device();
 
 void run_grid(dim3 grid, int threads, int cluster_ctas, int shared_bytes, const std::function<void()>& kernel);
 
@@ -162,8 +198,13 @@ inline const struct {
   emulator::Word<emulator::thread_index> x;
 } threadIdx{};
 inline const struct {
-  emulator::Word<emulator::block_index> x;
+  emulator::Word<emulator::block_x> x;
+  emulator::Word<emulator::block_y> y;
+  emulator::Word<emulator::block_z> z;
 } blockIdx{};
+inline const struct {
+  emulator::Word<emulator::grid_y> y;
+} gridDim{};
 inline const struct {
   emulator::Word<emulator::block_size> x;
 } blockDim{};
@@ -173,15 +214,18 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;
 using std::min;
 
-inline void __syncwarp() { emulator::sync_warp(); }
+void __syncwarp();
 template <class T>
-T __shfl_sync(uint32_t, T x, int lane) {
-  return emulator::exchange<std::pair<T, int>, T>("__shfl_sync", {x, lane}, [](const std::pair<T, int>* all, int i) {
-    return all[all[i].second % 32].first;
+T __shfl_sync(uint32_t, T x, int lane, int width = 32) {
+  const int source = emulator::lane() / width * width + lane % width;
+  return emulator::exchange<std::pair<T, int>, T>("__shfl_sync", {x, source}, [](const std::pair<T, int>* all, int i) {
+    return all[all[i].second].first;
   });
 }
 template <class T>

@@ -3,13 +3,14 @@
 #include <string>
 
 #include "common/ptx.cuh"
+#include "watched_faults.h"
 
 namespace {
 
 using namespace kda;
 
 constexpr int kThreads = 64;
-constexpr int kSharedBytes = 4096;
+constexpr int kSharedBytes = kWatchedBytes;
 
 uint32_t place(int bytes) { return emulator::first_address() + bytes; }
 
@@ -56,7 +57,56 @@ const std::function<void()> kFaults[] = {
     [] { load_shared(place(kSharedBytes)); },
     [] { store_shared(remote_address(place(0), 1 - emulator::own_rank()), 0); },
     [] { barrier_arrive(place(0)); },
+    [] {
+      with_barrier([](uint32_t barrier) {
+        cluster_arrive_relaxed();
+        cluster_wait();
+        if (emulator::own_rank() == 1) return;
+        for (int i = 0; i < 100; ++i) __syncthreads();
+        barrier_arrive_remote(remote_address(barrier, 1));
+      });
+    },
+    [] { cp_async<16>(reinterpret_cast<void*>(8), nullptr); },
+    [] {
+      static const uint4 sources[2]{};
+      cp_async<16>(emulator::declared(kSharedBytes), reinterpret_cast<const char*>(sources) + 4);
+    },
+    [] { block_shared<float>(); },
+    threads_without_a_barrier,
+    lanes_without_a_barrier,
+    copy_without_a_wait,
+    nothing_wrong,
 };
+
+// What a thread reads of what is written to shared memory in time or too late.
+uint32_t found;
+
+// Another thread writes, without a barrier between them.
+void read_of_a_thread() {
+  if (threadIdx.x == 32) store_shared(place(0), 1);
+  if (threadIdx.x == 0) found = load_shared(place(0));
+}
+
+// A copy that is not waited for.
+void read_of_a_copy() {
+  static const uint32_t one = 1;
+  if (threadIdx.x == 0) cp_async<4>(emulator::declared(kSharedBytes), &one);
+  __syncthreads();
+  if (threadIdx.x == 0) found = load_shared(place(0));
+}
+
+// Another CTA's store, whose barrier is waited for too late.
+void read_of_a_cta() {
+  if (threadIdx.x == 0) barrier_init(place(8), 1);
+  cluster_sync();
+  if (threadIdx.x > 0) return;
+  if (emulator::own_rank() == 0) return store_remote(1, place(0), std::bit_cast<float>(1), place(8));
+  found = load_shared(place(0));
+  barrier_arrive_expecting(place(8), 4);
+  barrier_wait_for_cluster(place(8), 0);
+}
+
+const std::function<void()> kRaces[] = {read_of_a_thread, read_of_a_copy, read_of_a_cta};
 
 }  // namespace
 
@@ -76,13 +126,11 @@ __attribute__((visibility("default"))) const char* emulator_fault(int index) {
   return said.c_str();
 }
 
-// What thread 0 reads of what thread 32 writes, without a barrier between them: it depends on the order.
-__attribute__((visibility("default"))) int emulator_race() {
-  static uint32_t found;
-  emulator::run_grid(dim3(1), kThreads, 1, kSharedBytes, [] {
-    if (threadIdx.x == 32) store_shared(place(0), 1);
-    if (threadIdx.x == 0) found = load_shared(place(0));
-  });
+__attribute__((visibility("default"))) int emulator_races() { return std::size(kRaces); }
+
+// Whether the race's writer was in time: it depends on the order.
+__attribute__((visibility("default"))) int emulator_race(int index) {
+  emulator::run_grid(dim3(2), kThreads, 2, kSharedBytes, kRaces[index]);
   return found == 1;
 }
 }

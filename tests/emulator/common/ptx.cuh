@@ -5,7 +5,12 @@
 
 namespace kda {
 
-inline uint32_t smem_address(const void*) { return emulator::first_address(); }  // there is one array, the dynamic one
+namespace prefill {
+extern uint8_t shared_memory[];  // the dynamic one: what kernels declare, not what they get
+}
+inline uint32_t smem_address(const void* pointer) {
+  return pointer == prefill::shared_memory ? emulator::first_address() : emulator::address_of(pointer);
+}
 inline int opaque(int x) { return x; }
 inline void keep_in_place(float&) {}
 
@@ -86,8 +91,30 @@ inline float2 unpack_bf16(uint32_t packed) { return make_float2(emulator::low(pa
 
 inline uint32_t spread_signs(uint32_t x) { return (x & 0x8000 ? 0xffff : 0) | (x & 0x80000000 ? 0xffff0000 : 0); }
 
+// ---- global memory ---------------------------------------------------------------------------------------
+
+inline void check_aligned(const void* place, int bytes) {
+  if (reinterpret_cast<uintptr_t>(place) % bytes != 0) emulator::fail("a misaligned address");
+}
+template <bool>
+uint4 load_once(const void* source) {
+  check_aligned(source, 16);
+  uint4 x;
+  std::memcpy(&x, source, 16);
+  return x;
+}
+inline void store_once(void* target, uint4 x) {
+  check_aligned(target, 16);
+  std::memcpy(target, &x, 16);
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------
 
+template <class T>
+T& block_shared() {
+  static_assert(sizeof(T) <= 48 << 10, "more than a CTA may declare");
+  return *static_cast<T*>(emulator::declared(sizeof(T)));
+}
 inline void store_shared(uint32_t address, uint32_t value) { emulator::store(address, value); }
 inline void store_shared_u16(uint32_t address, uint16_t value) { emulator::store(address, value); }
 inline void store_shared_float(uint32_t address, float value) { emulator::store(address, value); }
@@ -118,6 +145,13 @@ inline void cp_async_16(uint32_t address, const void* source, bool valid) {
   });
 }
 inline void prefetch_l2(const void*) {}
+template <int kBytes>
+void cp_async(void* target, const void* source) {
+  void* place = emulator::shared(smem_address(target), kBytes);
+  check_aligned(source, kBytes);
+  emulator::copy_later(place, source, kBytes);
+}
+inline void cp_async_wait_all() { emulator::wait_for_copies(); }
 
 inline void barrier_init(uint32_t barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
 inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier); }
@@ -139,13 +173,22 @@ inline void fence_barrier_init() {}
 inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 inline void cluster_sync() {
+  emulator::settle(emulator::kReleased);
   emulator::cluster_arrive();
   emulator::cluster_wait();
 }
 inline uint32_t remote_address(uint32_t address, int cta) { return emulator::remote(address, cta); }
 inline void barrier_arrive_expecting(uint32_t barrier, int bytes) { emulator::barrier_arrive(barrier, bytes); }
 inline void barrier_arrive_remote(uint32_t barrier) {
-  emulator::later([=] { emulator::barrier_arrive(barrier); });
+  emulator::put_off(emulator::kReleased, [=] { emulator::barrier_arrive(barrier); });
+}
+inline void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
+inline void store_remote(int cta, uint32_t target, float x, uint32_t barrier) {
+  void* to = emulator::shared(remote_address(target, cta), sizeof(x), false);
+  emulator::later([=] {
+    emulator::write_from_outside(cta, to, &x, sizeof(x));
+    emulator::barrier_bytes(remote_address(barrier, cta), sizeof(x));
+  });
 }
 inline void copy_to_remote(uint32_t target, uint32_t source, int bytes, uint32_t barrier) {
   const void* from = emulator::shared(source, bytes);

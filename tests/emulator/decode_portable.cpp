@@ -1,0 +1,3 @@
+#include "emulator.h"
+
+#include "decode/decode.cu"

@@ -1,0 +1,3 @@
+#include "emulator.h"
+
+#include "layer/gated_norm.cu"

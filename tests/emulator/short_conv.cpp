@@ -1,0 +1,3 @@
+#include "emulator.h"
+
+#include "layer/short_conv.cu"
