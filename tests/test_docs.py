@@ -64,19 +64,22 @@ def test_map_names_nothing_else():
         assert found, f"{entry} is on the map but not there"
 
 
+def headings(document: Path) -> set[str]:
+    """What links to headings of a document end in."""
+    lines = document.read_text().splitlines()
+    titles = (line.lstrip("# ") for line in lines if line.startswith("#"))
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
-    text = (ROOT / document).read_text()
-    headings = {
-        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
-        for line in text.splitlines()
-        if line.startswith("#")
-    }
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings, f"no heading for {target}"
-        elif not target.startswith("https://"):
-            assert (ROOT / document).parent.joinpath(target).exists(), f"{target} does not exist"
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, heading = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        assert path.exists(), f"{target} does not exist"
+        assert not heading or heading in headings(path), f"no heading for {target}"
 
 
 # ----------------------------------------------------------------------------------------------------
