@@ -71,7 +71,9 @@ def headings(document: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document", sorted({*DOCUMENTS, *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))})
+)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
         if target.startswith("https://"):
