@@ -7,10 +7,11 @@ import ctypes
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from kernel_build.config import open_project
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests/emulator"
@@ -39,7 +40,7 @@ class Emulated:
     library: ctypes.CDLL
 
     def use(self, cluster_ctas: int = 1, shared_bytes: int = SHARED["9.0"], seed: int = 0) -> None:
-        """The device of later calls (the most CTAs of a cluster, a CTA's shared memory), and the order of its warps."""
+        """The device of later calls, by the most CTAs of a cluster and a CTA's shared memory; its warps' order."""
         self.library.emulator_configure(cluster_ctas, shared_bytes, ctypes.c_uint64(seed))
 
 
@@ -69,6 +70,13 @@ class InSeveralOrders:
         return run
 
 
+def instead_of_a_gpu(emulated: Emulated, devices: list[dict], monkeypatch, *modules) -> Emulated:
+    """For the tests of `modules`, of tests/gpu: their tensors are on the CPU, the operators run on `devices`."""
+    for module in modules:
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    return replace(emulated, ops=InSeveralOrders(emulated, devices))
+
+
 def everything(x: torch.Tensor) -> torch.Tensor:
     """The bytes of all the memory that x is a part of."""
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
@@ -78,12 +86,11 @@ def build(toolchain, folder: Path) -> Path:
     """The operators with the emulator as their backend, as a library."""
     torch_include = toolchain.torch_dir / "include"
     includes = [
-        EMULATOR, ROOT / "kda_kernel", ROOT / "torch-ext", torch_include, torch_include / "torch/csrc/api/include",
-        toolchain.cuda_home / "include",
+        EMULATOR, ROOT / "kda_kernel", ROOT / "torch-ext", torch_include, toolchain.cuda_home / "include",
     ]  # fmt: skip
     defined = [
         f"TORCH_EXTENSION_NAME={NAMESPACE}",
-        "TORCH_TARGET_VERSION=0x020b000000000000ULL",
+        open_project(ROOT).torch_target,
         "aoti_torch_device_type_cuda=aoti_torch_device_type_cpu",  # a tensor on the CPU is one on the GPU
     ]
     options = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden"]
@@ -102,15 +109,8 @@ def build(toolchain, folder: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, SOURCES))
     library = folder / f"{NAMESPACE}.so"
-    run(
-        "-shared",
-        *objects,
-        f"-L{toolchain.torch_dir / 'lib'}",
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-o",
-        library,
-    )
+    libraries = [f"-L{toolchain.torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
+    run("-shared", *objects, *libraries, "-o", library)
     return library
 
 

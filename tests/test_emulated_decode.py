@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import decode_harness
 import pytest
 import test_decode_kernel as on_gpu
-from emulator_build import InSeveralOrders
+from emulator_build import instead_of_a_gpu
 
 DEVICES = [dict(cluster_ctas=ctas, seed=seed) for seed, ctas in enumerate((1, 4))]
 
 
 @pytest.fixture
 def kernel_package(emulated, one_thread, monkeypatch):
-    for module in (on_gpu, decode_harness):
-        monkeypatch.setattr(module, "DEVICE", "cpu")
-    return replace(emulated, ops=InSeveralOrders(emulated, DEVICES))
+    return instead_of_a_gpu(emulated, DEVICES, monkeypatch, on_gpu, decode_harness)
 
 
 test_gates = on_gpu.test_gates

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import test_decode_fused as on_gpu
-from emulator_build import InSeveralOrders
+from emulator_build import instead_of_a_gpu
 
 # Without clusters, as before compute capability 9.0, and with them.
 DEVICES = [dict(cluster_ctas=ctas, seed=seed) for seed, ctas in enumerate((1, 4, 4))]
@@ -14,8 +12,7 @@ DEVICES = [dict(cluster_ctas=ctas, seed=seed) for seed, ctas in enumerate((1, 4,
 
 @pytest.fixture
 def kernel_package(emulated, one_thread, monkeypatch):
-    monkeypatch.setattr(on_gpu, "DEVICE", "cpu")
-    return replace(emulated, ops=InSeveralOrders(emulated, DEVICES))
+    return instead_of_a_gpu(emulated, DEVICES, monkeypatch, on_gpu)
 
 
 test_gates_and_layouts = on_gpu.test_gates_and_layouts

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import test_layer_operators as on_gpu
 import torch
-from emulator_build import InSeveralOrders
+from emulator_build import instead_of_a_gpu
 
 DEVICES = [dict(seed=seed) for seed in range(2)]
 
 
 @pytest.fixture
 def ops(emulated, one_thread, monkeypatch):
-    monkeypatch.setattr(on_gpu, "DEVICE", "cpu")
-    return InSeveralOrders(emulated, DEVICES)
+    return instead_of_a_gpu(emulated, DEVICES, monkeypatch, on_gpu).ops
 
 
 test_conv_lengths = on_gpu.test_conv_lengths

@@ -168,8 +168,7 @@ class Plan:
 
     def _flags(self, section: Section) -> list[str]:
         """Definitions and include folders, the same for both compilers."""
-        major, minor = self.project.stable_abi
-        flags = [f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48):#x}ULL"]
+        flags = [f"-D{self.project.torch_target}"]
         flags += ["-DUSE_CUDA=1", "-DCUDA_KERNEL"] if self.backend == "cuda" else ["-DCPU_KERNEL"]
         if section.name == "torch":  # the name changes with every source: keep it out of the CUDA objects
             python_abi = "0x{:02x}{:02x}0000".format(*map(int, PYTHON_ABI.split(".")))

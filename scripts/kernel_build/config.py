@@ -68,6 +68,12 @@ class Project:
         return self.name.replace("-", "_")
 
     @property
+    def torch_target(self) -> str:
+        """The definition by which torch's headers keep to the stable ABI's version."""
+        major, minor = self.stable_abi
+        return f"TORCH_TARGET_VERSION={(major << 56) | (minor << 48):#x}ULL"
+
+    @property
     def capabilities(self) -> list[str]:
         """All capabilities of all sections, lowest first."""
         found = {capability for section in self.sections for capability in section.capabilities}

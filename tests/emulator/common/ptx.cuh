@@ -131,7 +131,7 @@ inline void fence_proxy_async() {}
 
 // ---- asynchronous copies and barriers --------------------------------------------------------------------
 
-// They happen when the barrier is told, which is the latest moment.
+// The copies happen with the arrival that barrier_arrive_after_cp_async() puts off, which is the latest moment.
 inline void cp_async_16(uint32_t address, const void* source, bool valid) {
   void* target = emulator::shared(address, 16);
   emulator::in_flight(address, true);
