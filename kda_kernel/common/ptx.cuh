@@ -1,6 +1,7 @@
 // One instruction per wrapper. Shared-memory addresses are 32-bit, made once by smem_address().
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -222,30 +223,21 @@ __device__ __forceinline__ void barrier_arrive_after_cp_async(uint32_t barrier) 
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Has the phase of that parity completed?
-__device__ __forceinline__ bool barrier_peek(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// The same, but where the hardware can wait a while for it, it does.
+// Has the phase of that parity completed? Where the hardware can wait a while for it, it does.
 __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
   uint32_t done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
 #else
-  return barrier_peek(barrier, parity);
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
 #endif
+  return done != 0;
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -260,7 +252,7 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
 
 // ---- clusters of CTAs, from compute capability 9.0 on ------------------------------------------------------
 
-// This thread's barrier_init() is seen by the cluster's other CTAs after they have met.
+// This thread's barrier_init() is seen by the cluster's other CTAs, and by tensor copies, after they or the threads have met.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -322,6 +314,53 @@ __device__ __forceinline__ void copy_to_remote(uint32_t target, uint32_t source,
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
                "r"(source), "r"(bytes), "r"(barrier)
                : "memory");
+}
+
+// ---- tensor copies (TMA), from compute capability 9.0 on: boxes of a [B, T, H, D] tensor, from (x, head, token, batch) on, by
+// one thread. What lies outside the tensor is read as zero and not written. -----------------------------------
+
+struct TensorPlace {
+  int x, head, token, batch;
+};
+
+// To this CTA's shared memory; the bytes count for a barrier.
+__device__ __forceinline__ void copy_from_tensor(uint32_t target, const CUtensorMap& map, const TensorPlace& at,
+                                                 uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
+          target),
+      "l"(&map), "r"(at.x), "r"(at.head), "r"(at.token), "r"(at.batch), "r"(barrier)
+      : "memory");
+}
+
+// From shared memory, which may change after bulk_wait_read(). What is copied has been fenced for the async proxy.
+__device__ __forceinline__ void copy_to_tensor(const CUtensorMap& map, const TensorPlace& at, uint32_t source) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
+      "cp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(at.x), "r"(at.head), "r"(at.token), "r"(at.batch), "r"(source)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Has the description of a tensor brought to where copies look for it.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Has a box brought to the L2 cache.
+__device__ __forceinline__ void prefetch_tensor(const CUtensorMap& map, const TensorPlace& at) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(at.x), "r"(at.head),
+               "r"(at.token), "r"(at.batch)
+               : "memory");
+}
+
+// The phase completes when so many bytes more have come.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_many(uint32_t barrier, int arrivals) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 // ---- special functions -----------------------------------------------------------------------------------

@@ -7,35 +7,37 @@ namespace kda::prefill {
 
 struct MmaEngine {
   static constexpr bool kReadsThroughAsyncProxy = false;
-  static constexpr bool kHasClusters = false;
+  static constexpr bool kHasTensors = false;
 
   const int lane;
 
-  template <bool kCluster>
   static __device__ __forceinline__ void take_state_registers() {}
   static __device__ __forceinline__ void take_factor_registers() {}
   static __device__ __forceinline__ void take_load_registers() {}
 
   __device__ __forceinline__ explicit MmaEngine(int lane) : lane(lane) {}
 
-  // P^T += S Kpre^T and R^T += S Qpre^T.
-  __device__ __forceinline__ void read_state(TokenFragment& p, TokenFragment& r, const StateFragment& s, uint32_t k_pre,
-                                             uint32_t q_pre) const {
+  // S, which is rounded to bf16 where it is used.
+  struct StateOperand {
+    const StateFragment& s;
+  };
+  static __device__ __forceinline__ StateOperand operand(const StateFragment& s) { return {s}; }
+
+  // X^T = S M^T for a panel M.
+  __device__ __forceinline__ void read_state(TokenFragment& x, const StateOperand& state, uint32_t panel) const {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0.0f;
 #pragma unroll
     for (int block = 0; block < kHeadDim / 16; ++block) {
       uint32_t a[4];
-      pack_operand(a, s[2 * block], s[2 * block + 1]);
-      const uint32_t rows = block / kHalfBlocks * kHalfBytes + block_rows(block % kHalfBlocks, lane);
+      pack_operand(a, state.s[2 * block], state.s[2 * block + 1]);
+      const uint32_t rows = panel + block / kHalfBlocks * kHalfBytes + block_rows(block % kHalfBlocks, lane);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t k[4], q[4];
-        ldmatrix_x4(k, k_pre + rows + tile * kTileRows);
-        ldmatrix_x4(q, q_pre + rows + tile * kTileRows);
+        uint32_t m[4];
+        ldmatrix_x4(m, rows + tile * kTileRows);
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          mma_bf16(p[2 * tile + n], a, k[n], k[2 + n]);
-          mma_bf16(r[2 * tile + n], a, q[n], q[2 + n]);
-        }
+        for (int n = 0; n < 2; ++n) mma_bf16(x[2 * tile + n], a, m[n], m[2 + n]);
       }
     }
   }
@@ -70,9 +72,8 @@ struct MmaEngine {
     }
   }
 
-  __device__ __forceinline__ void wait_projected(TokenFragment&) const {}
-  template <class... Fragment>
-  __device__ __forceinline__ void wait(Fragment&...) const {}
+  template <int kGroups, class... Fragment>
+  __device__ __forceinline__ void wait_but(Fragment&...) const {}
 };
 
 }  // namespace kda::prefill

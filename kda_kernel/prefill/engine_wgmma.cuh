@@ -26,14 +26,15 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
 
 template <class Op, int kTiles, size_t... kIndex>
 __device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b,
-                                      std::index_sequence<kIndex...>) {
-  Op::fma(a[0], a[1], a[2], a[3], b, d[kIndex / 4][kIndex % 4]..., cute::SM90::GMMA::ScaleOut::One);
+                                      bool first, std::index_sequence<kIndex...>) {
+  Op::fma(a[0], a[1], a[2], a[3], b, d[kIndex / 4][kIndex % 4]...,
+          first ? cute::SM90::GMMA::ScaleOut::Zero : cute::SM90::GMMA::ScaleOut::One);
 }
 
-// D[64, 8 kTiles] += A[64, 16] B[16, 8 kTiles]; Op is CuTe's wrapper of the instruction.
+// D[64, 8 kTiles] = A[64, 16] B[16, 8 kTiles], added to D unless it is the `first`; Op is CuTe's wrapper of the instruction.
 template <class Op, int kTiles>
-__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
-  wgmma<Op>(d, a, b, std::make_index_sequence<4 * kTiles>{});
+__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool first = false) {
+  wgmma<Op>(d, a, b, first, std::make_index_sequence<4 * kTiles>{});
 }
 
 // Keeps the compiler from moving a register of an unfinished product across this point.
@@ -48,16 +49,13 @@ __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 
 struct WgmmaEngine {
   static constexpr bool kReadsThroughAsyncProxy = true;
-  static constexpr bool kHasClusters = true;
+  static constexpr bool kHasTensors = true;  // and clusters
 
   // 256 state and 256 factor threads share 65536 registers; in a cluster 128, 384 and 128 load threads share 61440, 96 each
   // at the start. S, its bf16 copy and two products in flight need 168.
-  template <bool kCluster>
-  static __device__ __forceinline__ void take_state_registers() {
-    cutlass::arch::warpgroup_reg_alloc<kCluster ? 176 : 168>();
-  }
+  static __device__ __forceinline__ void take_state_registers() { cutlass::arch::warpgroup_reg_alloc<168>(); }
   static __device__ __forceinline__ void take_factor_registers() { cutlass::arch::warpgroup_reg_dealloc<88>(); }
-  static __device__ __forceinline__ void take_load_registers() { cutlass::arch::warpgroup_reg_dealloc<40>(); }
+  static __device__ __forceinline__ void take_load_registers() { cutlass::arch::warpgroup_reg_dealloc<48>(); }
 
   using Major = cute::SM90::GMMA::Major;
   using TokensOp = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
@@ -71,32 +69,31 @@ struct WgmmaEngine {
            (block / kHalfBlocks * kHalfBytes + block % kHalfBlocks * 32) / 16;
   }
 
-  // Starts P^T += S Kpre^T, then R^T += S Qpre^T.
-  __device__ __forceinline__ void read_state(TokenFragment& p, TokenFragment& r, const StateFragment& s, uint32_t k_pre,
-                                             uint32_t q_pre) const {
-    constexpr int kBlocks = kHeadDim / 16;
-    uint32_t a[kBlocks][4];
+  struct StateOperand {
+    uint32_t a[kHeadDim / 16][4];
+  };
+
+  // S in bf16, to be kept until what is started with it is done.
+  static __device__ __forceinline__ StateOperand operand(const StateFragment& s) {
+    StateOperand operand;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) pack_operand(a[block], s[2 * block], s[2 * block + 1]);
-    pin(p);
-    pin(r);
+    for (int block = 0; block < kHeadDim / 16; ++block) pack_operand(operand.a[block], s[2 * block], s[2 * block + 1]);
+    return operand;
+  }
+
+  // Starts X^T = S M^T for a panel M.
+  __device__ __forceinline__ void read_state(TokenFragment& x, const StateOperand& s, uint32_t panel) const {
+    pin(x);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      wgmma<TokensOp>(p, a[block], token_rows(k_pre, block));
-    }
-    cute::warpgroup_commit_batch();
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      wgmma<TokensOp>(r, a[block], token_rows(q_pre, block));
+    for (int block = 0; block < kHeadDim / 16; ++block) {
+      wgmma<TokensOp>(x, s.a[block], token_rows(panel, block), block == 0);
     }
     cute::warpgroup_commit_batch();
   }
 
-  __device__ __forceinline__ void wait_projected(TokenFragment& p) const {
-    cute::warpgroup_wait<1>();
-    pin(p);
-  }
+  // What has been computed of S so far is computed before what follows.
+  __device__ __forceinline__ void settle(StateFragment& s) const { pin(s); }
 
   // Starts X^T += U^T M^T for a [32, 32] matrix M.
   __device__ __forceinline__ void multiply_pairs(TokenFragment& x, const TokenOperand& u, uint32_t matrix) const {
@@ -124,10 +121,10 @@ struct WgmmaEngine {
     cute::warpgroup_commit_batch();
   }
 
-  // Until all that has been started is done; `results` are what it gave.
-  template <class... Fragment>
-  __device__ __forceinline__ void wait(Fragment&... results) const {
-    cute::warpgroup_wait<0>();
+  // Until all but the last kGroups of what has been started are done, which gave `results`.
+  template <int kGroups, class... Fragment>
+  __device__ __forceinline__ void wait_but(Fragment&... results) const {
+    cute::warpgroup_wait<kGroups>();
     (pin(results), ...);
   }
 };

@@ -1,5 +1,5 @@
-// The factor teams: everything of a chunk that does not depend on the state, by a warp for each tile of 16 tokens, in a
-// cluster by two of them, for half of the channels each.
+// The factor teams: everything of a chunk that does not depend on the state, by two warps for each tile of 16 tokens, for half
+// of the channels each, or by one.
 //
 // Tokens i, j, channels d, G_i = sum of the log decays from the start of i's tile through i (base 2 here), G_C at the
 // tile's end, total = exp(G_C). Inside a tile:
@@ -88,8 +88,10 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
     const int token = (round * num_ctas + rank) * kChunk + to.tile * kTile, valid = max(0, min(length - token, kTile));
     const uint32_t beta_bits =
         lane < valid ? load_beta_bits(p, Source::load(shared.beta()), token + lane) : 0;
-    barrier_wait(shared.raw_ready(ring.slot), ring.parity);
+    // In this order: before the slot's last chunk has been consumed, RawReady may be two phases behind, which a wait by parity
+    // does not see.
     await_reuse(shared, ring);
+    barrier_wait(shared.raw_ready(ring.slot), ring.parity);
 
     PairSums sums;
     if constexpr (S::kWholeTiles) {

@@ -5,9 +5,11 @@
 #include "common/per_device.h"
 #include "common/ptx.cuh"
 #include "common/sequences.cuh"
+#include "prefill/cluster.cuh"
 #include "prefill/factors.cuh"
 #include "prefill/load.cuh"
 #include "prefill/state.cuh"
+#include "prefill/tensor_maps.h"
 #include "prefill/traits.cuh"
 
 namespace kda::prefill {
@@ -43,9 +45,9 @@ __device__ inline void poison(const PrefillParams& p, int64_t sequence, int head
 
 // T_inv and Aqk are lower triangular: what the first tile's tokens have from the second is zero in every chunk.
 template <class S>
-__device__ __forceinline__ void clear_upper_pairs(const SharedMap<S>& shared) {
+__device__ __forceinline__ void clear_upper_pairs(const SharedMap<S>& shared, int thread) {
   constexpr int kPieces = kTile / 8 * kTile;  // of 16 bytes, in a [16, 16] block
-  for (int i = threadIdx.x; i < shared.ring.own_slots * kPieces; i += S::kThreads) {
+  for (int i = thread; i < shared.ring.own_slots * kPieces; i += 32 * S::kFactorWarps) {
     const uint32_t place = shared.slot(i / kPieces) + kPairBlock + i / kTile % 2 * kPairUnit + i % kTile * 16;
     store_shared_uint4(place + S::kTInv, make_uint4(0, 0, 0, 0));
     store_shared_uint4(place + S::kAqk, make_uint4(0, 0, 0, 0));
@@ -53,41 +55,14 @@ __device__ __forceinline__ void clear_upper_pairs(const SharedMap<S>& shared) {
   fence_proxy_async();
 }
 
-template <GateKind kGate, class S, class Engine>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    prefill_kernel(const __grid_constant__ PrefillParams p, const Ring ring, int cluster_ctas) {
-  extern __shared__ __align__(1024) uint8_t shared_memory[];
-  const int num_ctas = S::kCluster ? cluster_ctas : 1;
-  const SharedMap<S> shared{.base = smem_address(shared_memory), .ring = ring, .num_ctas = num_ctas};
-  const int rank = blockIdx.x % num_ctas, item = blockIdx.x / num_ctas;
-  const int64_t index = by_length(p.cu_seqlens, p.num_sequences, item / p.num_heads);
-  const int head = item % p.num_heads;
-
-  // First everything that comes from global memory, so that one wait covers it; bounds are used once they are checked.
-  const Sequence sequence = find_sequence(p.cu_seqlens, index, p.num_tokens);
-  const float A_log = p.A_log ? p.A_log[head] : 0.0f;
-  const float bias = p.dt_bias && threadIdx.x < kHeadDim ? p.dt_bias[head * kHeadDim + threadIdx.x] : 0.0f;
-  if (p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
-    poison(p, index, head, index * p.num_heads + head);
-    return;
-  }
+// What the factor warps find in shared memory beside the chunks. `thread` counts theirs; A_log is the head's, bias that of
+// channel `thread`.
+template <GateKind kGate, class S>
+__device__ __forceinline__ void prepare_factors(const PrefillParams& p, const SharedMap<S>& shared, const Sequence& sequence,
+                                                int head, float A_log, float bias, int thread) {
   const GateScale gate_scale = make_gate_scale<kGate>(A_log, p.lower_bound);
-
-  if (threadIdx.x < kHeadDim) {
-    store_shared_float(shared.bias() + threadIdx.x * 4, bias * gate_scale.input);
-  } else if (threadIdx.x < kHeadDim + ring.num_slots()) {
-    const int slot = threadIdx.x - kHeadDim;
-    const int value_lanes = rank < S::kParts ? 32 * S::kValueWarps : 0;
-    barrier_init(shared.slot_free(slot), S::kFreeArrivals);
-    barrier_init(shared.raw_ready(slot), 32 * (S::kLoadWarps - S::kValueWarps));
-    barrier_init(shared.factors_ready(slot), value_lanes + (slot < ring.own_slots ? 32 * S::kTeamWarps : 1));
-    barrier_init(shared.values_free(slot), 32 * S::kStateWarps);
-    if constexpr (S::kCluster) {
-      barrier_init(shared.guest_free(slot), S::kStateWarps * (S::kParts - (rank < S::kParts)));
-      fence_barrier_init();
-    }
-  }
-  if (threadIdx.x == 0) {
+  if (thread < kHeadDim) store_shared_float(shared.bias() + thread * 4, bias * gate_scale.input);
+  if (thread == 0) {
     if (p.beta_dtype == FloatKind::kFloat32) {
       Source::store<float>(shared.beta(), p.beta, sequence, head);
     } else {
@@ -95,23 +70,72 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     store_shared_float2(shared.gate(), gate_scale.input, gate_scale.output);
   }
-  clear_upper_pairs(shared);
-  __syncthreads();
-  if constexpr (S::kCluster) {
-    cluster_arrive_relaxed();
-    cluster_wait();
+  clear_upper_pairs(shared, thread);
+  named_barrier_sync(1 + S::kMaxTeams, 32 * S::kFactorWarps);
+}
+
+template <GateKind kGate, class S, class Engine>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    prefill_kernel(const __grid_constant__ KernelParams<S> p, const Ring ring, int cluster_ctas) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  const int num_ctas = S::kCluster ? cluster_ctas : 1;
+  const SharedMap<S> shared{.base = smem_address(shared_memory), .ring = ring, .num_ctas = num_ctas};
+  const int rank = blockIdx.x % num_ctas, item = blockIdx.x / num_ctas;
+  const int64_t index = by_length(p.cu_seqlens, p.num_sequences, item / p.num_heads);
+  const int head = item % p.num_heads;
+  if constexpr (S::kTensors) {
+    if (p.loads && threadIdx.x < 4) prefetch_tensor_map(p.inputs[threadIdx.x]);
+    if (p.stores && threadIdx.x == 4) prefetch_tensor_map(p.output);
   }
+
+  // First everything that comes from global memory, so that one wait covers it; bounds are used once they are checked.
+  const Sequence sequence = find_sequence(p.cu_seqlens, index, p.num_tokens);
+  const int factor_thread = threadIdx.x - 32 * S::kStateWarps;
+  const bool has_bias = p.dt_bias && factor_thread >= 0 && factor_thread < kHeadDim;
+  const float A_log = p.A_log ? p.A_log[head] : 0.0f;
+  const float bias = has_bias ? p.dt_bias[head * kHeadDim + factor_thread] : 0.0f;
+  if (p.cu_seqlens.data != nullptr && !sequences_valid(p.cu_seqlens, p.num_sequences, p.num_tokens)) {
+    poison(p, index, head, index * p.num_heads + head);
+    return;
+  }
+
+  if (threadIdx.x < ring.num_slots()) {
+    const int slot = threadIdx.x;
+    const int value_lanes = rank < S::kParts ? 32 * S::kValueWarps : 0;
+    barrier_init(shared.slot_free(slot), S::kFreeArrivals);
+    barrier_init(shared.raw_ready(slot), 32 * (S::kLoadWarps - S::kValueWarps));
+    barrier_init(shared.factors_ready(slot), value_lanes + (slot < ring.own_slots ? 32 * S::kTeamWarps : 1));
+    barrier_init(shared.values_free(slot), S::kOutputArrivals);
+    if constexpr (S::kCluster) barrier_init(shared.guest_free(slot), S::kParts - (rank < S::kParts));
+    if constexpr (S::kTensors) fence_barrier_init();
+  }
+  __syncthreads();
+  // Loads begin at once. Who tells another CTA something waits for the cluster before; copies to it wait to be told.
+  if constexpr (S::kCluster) cluster_arrive_relaxed();
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform to the compiler, as the roles are
   if (warp < S::kStateWarps) {
-    Engine::template take_state_registers<S::kCluster>();
-    if (rank < S::kParts) state_role<Engine>(p, shared, sequence, index, head, rank, warp);
+    Engine::take_state_registers();
+    if constexpr (S::kCluster) {
+      if (rank < S::kParts) chain_role<Engine>(p, shared, sequence, index, head, rank, warp);
+      cluster_wait();
+    } else {
+      state_role<Engine>(p, shared, sequence, index, head, warp);
+    }
   } else if (warp < S::kStateWarps + S::kFactorWarps) {
     Engine::take_factor_registers();
+    prepare_factors<kGate>(p, shared, sequence, head, A_log, bias, factor_thread);
     factor_role<kGate, Engine::kReadsThroughAsyncProxy>(p, shared, sequence.length, rank, warp - S::kStateWarps);
+    if constexpr (S::kCluster) cluster_wait();
   } else if constexpr (S::kCluster) {
     Engine::take_load_registers();
-    load_role(p, shared, sequence, head, rank, warp - S::kStateWarps - S::kFactorWarps);
+    const int load_warp = warp - S::kStateWarps - S::kFactorWarps;
+    if (load_warp == ChunkLoader<S>::kTensorV && rank < S::kParts) {
+      value_role(p, shared, sequence, head, rank);
+    } else {
+      if (load_warp != ChunkLoader<S>::kTensorV) load_role(p, shared, sequence, head, rank, load_warp);
+      cluster_wait();
+    }
   }
   if constexpr (S::kCluster) cluster_sync();  // no CTA leaves while another may write to it
 }
@@ -169,7 +193,8 @@ struct Launcher {
     const Ring ring = fit_ring<S>(limit, num_ctas);
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t all = configure(ring, p.num_sequences * p.num_heads, num_ctas, stream, cluster);
-    return cudaLaunchKernelEx(&all, kKernel, p, ring, num_ctas);
+    const KernelParams<S> params(p, p.cu_seqlens.data != nullptr ? 1 : p.num_sequences);
+    return cudaLaunchKernelEx(&all, kKernel, params, ring, num_ctas);
   }
 };
 
@@ -179,8 +204,8 @@ cudaError_t launch_for_shape(const PrefillParams& p, cudaStream_t stream) {
   int device, limit;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  if constexpr (Engine::kHasClusters) {
-    using Cluster = Launcher<kGate, Slot<GElem, 2>, Engine>;
+  if constexpr (Engine::kHasTensors) {
+    using Cluster = Launcher<kGate, Slot<GElem, 2, true>, Engine>;
     const int64_t items = p.num_sequences * p.num_heads;
     if (items <= kMaxClusters) {
       int ctas;
@@ -190,7 +215,7 @@ cudaError_t launch_for_shape(const PrefillParams& p, cudaStream_t stream) {
       if (ctas > 1) return Cluster::launch(p, stream, limit, ctas);
     }
   }
-  using Single = Launcher<kGate, Slot<GElem, 1>, Engine>;
+  using Single = Launcher<kGate, Slot<GElem, 1, Engine::kHasTensors>, Engine>;
   error = Single::shared_limit(device, limit);
   return error == cudaSuccess ? Single::launch(p, stream, limit, 1) : error;
 }

@@ -4,6 +4,7 @@
 #include "common/ptx.cuh"
 #include "common/sequences.cuh"
 #include "prefill/ring.cuh"
+#include "prefill/tensor_maps.h"
 #include "prefill/traits.cuh"
 
 namespace kda::prefill {
@@ -48,8 +49,9 @@ __device__ __forceinline__ void copy_unaligned(uint32_t to, const char* from, bo
   store_shared_uint4(to, *reinterpret_cast<const uint4*>(piece));
 }
 
-// A load warp's way through the chunks: it has one of the tensors and, of eight warps, one of the tiles, of four both. Eight
-// lanes copy 128 consecutive bytes of a token to a row, a piece of 16 bytes each.
+// A load warp's way through the chunks: it has one of the tensors and, of eight warps, one of the tiles, of four both, or of
+// the halves of the channels where they come by TMA. Otherwise eight lanes copy 128 consecutive bytes of a token to a row, a
+// piece of 16 bytes each.
 template <class S>
 struct ChunkLoader {
   static constexpr int kTensorV = 0, kTensorG = 3;            // q and k between them, in the order of the slot
@@ -57,8 +59,10 @@ struct ChunkLoader {
   static constexpr int kStep = 4;                             // at a time
   static_assert(S::kV == 0 && S::kK == S::kQ + kPanelBytes && S::kG == S::kK + kPanelBytes, "the order of the slot");
 
-  const char* from;  // the lane's first piece in the next chunk
+  const char* rows;  // the lane's first piece of the sequence's first token
   int64_t stride;    // of a token, in bytes
+  TensorPlace at;    // by TMA: the tensor's at the sequence's first token
+  int token = 0;     // the next chunk's first
 
   static __device__ __forceinline__ int tensor(int warp) { return warp % 4; }
   static __device__ __forceinline__ int first_row(int warp, int lane) { return warp / 4 * kRows + lane / 8; }
@@ -70,14 +74,17 @@ struct ChunkLoader {
     const TokenTensor& x = t == kTensorV ? p.v : t == 1 ? p.q : t == 2 ? p.k : p.g;
     const int width = t == kTensorG ? sizeof(typename S::GElem) : sizeof(__nv_bfloat16);
     const int64_t x_head = t == 1 || t == 2 ? head / p.heads_per_qk : head;
+    at = {.x = S::kCluster && t == kTensorV ? rank * kHeadDim / S::kParts : 0,
+          .head = static_cast<int>(x_head),
+          .token = static_cast<int>(sequence.begin),
+          .batch = static_cast<int>(sequence.batch)};
     stride = x.token_stride * width;
-    from = static_cast<const char*>(x.data) +
-           (sequence.batch * x.batch_stride + sequence.begin * x.token_stride + x_head * x.head_stride) * width +
+    rows = static_cast<const char*>(x.data) +
+           (sequence.batch * x.batch_stride + sequence.begin * x.token_stride + x_head * x.head_stride + at.x) * width +
            first_row(warp, lane) * stride + lane % 8 * 16;
-    if (S::kCluster && t == kTensorV) from += rank * S::kVBytes / kChunk;
   }
 
-  __device__ __forceinline__ void skip(int chunks) { from += chunks * kChunk * stride; }
+  __device__ __forceinline__ void skip(int chunks) { token += chunks * kChunk; }
 
   // Tokens from `valid` on become zeros and are never read. `copy` takes a piece's place, its source and whether there is
   // one.
@@ -85,7 +92,7 @@ struct ChunkLoader {
   __device__ __forceinline__ void for_each_piece(uint32_t panel, int valid, int warp, int lane, Copy copy) const {
     const int row = first_row(warp, lane);
     const uint32_t to = panel + swizzled(row, lane % 8);
-    const char* source = from;
+    const char* source = rows + token * stride;
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
       const bool inside = row + i * kStep < valid;
@@ -108,10 +115,9 @@ struct ChunkLoader {
 
   // What the warp has of the chunk. One copy of the loop where all panels are alike: three cost a single CTA 5 to 15
   // percent, in instruction cache misses.
-  __device__ __forceinline__ void copy_chunk(uint32_t slot, int valid, bool aligned, int warp, int lane) const {
+  __device__ __forceinline__ void copy_chunk(uint32_t panel, int valid, bool aligned, int warp, int lane) const {
     using GElem = typename S::GElem;
     const int t = tensor(warp);
-    const uint32_t panel = slot + (t == kTensorV ? 0 : S::kVBytes + (t - 1) * kPanelBytes);
     if (S::kCluster && t == kTensorV) {
       copy_rows<__nv_bfloat16, kHeadDim / S::kParts>(panel, valid, aligned, warp, lane);
     } else if (sizeof(GElem) != sizeof(__nv_bfloat16) && t == kTensorG) {
@@ -121,24 +127,50 @@ struct ChunkLoader {
     }
   }
 
-  // Has a later chunk brought to the L2 cache, whose slot is not free yet: a token per lane. `ahead` counts tokens from the
-  // next chunk.
-  __device__ __forceinline__ void prefetch(int ahead, int valid, int warp, int lane) const {
-    constexpr int kLine = 128;
-    const int t = tensor(warp);
-    const int width = t == kTensorV ? S::kVBytes / kChunk : kHeadDim * (t == kTensorG ? sizeof(typename S::GElem) : 2);
-    const char* row = from + (ahead + lane - first_row(warp, lane)) * stride - lane % 8 * 16;
-    if (lane < valid) {
-      for (int byte = 0; byte < width; byte += kLine) prefetch_l2(row + byte);
-    }
+  // How many halves of a panel, each of kHalfBytes, the warp copies by TMA, and the columns of one.
+  static __device__ __forceinline__ int boxes(int warp) {
+    const bool wide = sizeof(typename S::GElem) == 4 && tensor(warp) == kTensorG;
+    return (wide ? 4 : S::kCluster && tensor(warp) == kTensorV ? 1 : 2) / S::kValueWarps;
+  }
+  static __device__ __forceinline__ int box_columns(int warp) {
+    return tensor(warp) == kTensorG ? kRowBytes / sizeof(typename S::GElem) : kHalfChannels;
+  }
+  __device__ __forceinline__ TensorPlace box(int index, int ahead, int warp) const {
+    return {.x = at.x + index * box_columns(warp), .head = at.head, .token = at.token + token + ahead, .batch = at.batch};
+  }
+
+  // Has the chunk that is so many tokens ahead of the next brought to the L2 cache: its slot is not free yet. `valid` tokens
+  // are left there.
+  __device__ __forceinline__ void prefetch(const KernelParams<S>& p, int ahead, int valid, int warp, int lane) const {
+    if (!p.loads || valid < kChunk || lane != 0) return;
+    const int count = boxes(warp);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) prefetch_tensor(p.inputs[tensor(warp)], box(i, ahead, warp));
   }
 
   // Starts the chunk's way into a slot, which is free, and goes on by `chunks`. `valid` tokens are left, at least one; the
-  // lane arrives at `ready` when its own are there.
-  __device__ __forceinline__ void load(uint32_t slot, uint32_t ready, int chunks, int valid, bool aligned, int warp,
-                                       int lane) {
-    copy_chunk(slot, valid, aligned, warp, lane);
-    if (aligned) {
+  // warp has arrived at `ready`, a lane each, when its part is there.
+  __device__ __forceinline__ void load(const KernelParams<S>& p, uint32_t slot, uint32_t ready, int chunks, int valid,
+                                       int warp, int lane) {
+    const int t = tensor(warp);
+    const uint32_t panel = slot + (t == kTensorV ? 0 : S::kVBytes + (t - 1) * kPanelBytes);
+    if constexpr (S::kTensors) {
+      if (p.loads && valid >= kChunk) {
+        if (lane == 0) {
+          const int count = boxes(warp), first = warp / 4 * count;
+          barrier_expect(ready, count * kHalfBytes);
+#pragma unroll 1
+          for (int i = first; i < first + count; ++i) {
+            copy_from_tensor(panel + i * kHalfBytes, p.inputs[t], box(i, 0, warp), ready);
+          }
+          barrier_arrive_many(ready, 32);
+        }
+        skip(chunks);
+        return;
+      }
+    }
+    copy_chunk(panel, valid, p.inputs_aligned, warp, lane);
+    if (p.inputs_aligned) {
       barrier_arrive_after_cp_async(ready);
     } else {
       barrier_arrive(ready);
@@ -147,52 +179,35 @@ struct ChunkLoader {
   }
 
   // In a single CTA: the next chunk into the slot of that position.
-  __device__ __forceinline__ void load_next(const SharedMap<S>& shared, const RingPosition& ring, int valid, bool aligned,
-                                            int warp, int lane) {
+  __device__ __forceinline__ void load_next(const KernelParams<S>& p, const SharedMap<S>& shared, const RingPosition& ring,
+                                            int valid, int warp, int lane) {
     const bool is_v = tensor(warp) == kTensorV;
-    if (is_v) {
+    if (is_v && !S::kTensors) {
       barrier_wait(shared.values_free(ring.slot), ring.parity ^ 1);
     } else {
       await_reuse(shared, ring);
     }
-    load(shared.slot(ring.slot), is_v ? shared.factors_ready(ring.slot) : shared.raw_ready(ring.slot), 1, valid, aligned,
-         warp, lane);
+    load(p, shared.slot(ring.slot), is_v ? shared.factors_ready(ring.slot) : shared.raw_ready(ring.slot), 1, valid, warp,
+         lane);
   }
 };
 
-// The load warps of a cluster's CTA: v of all chunks where there are rows of S, q, k and g of its own chunks. What comes a
-// ring later is brought to the L2 cache meanwhile.
+// The load warps of a cluster's CTA that have q, k and g of its own chunks. What comes a ring later is brought to the L2 cache
+// meanwhile.
 template <class S>
-__device__ void load_role(const PrefillParams& p, const SharedMap<S>& shared, const Sequence& sequence, int head, int rank,
+__device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, const Sequence& sequence, int head, int rank,
                           int warp) {
   const int lane = threadIdx.x % 32, ctas = shared.num_ctas;
   ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
-  if (ChunkLoader<S>::tensor(warp) == ChunkLoader<S>::kTensorV) {
-    if (rank >= S::kParts) return;
-    ChunkPlace place{.rank = rank};
-    const int ahead = shared.ring.num_slots() * kChunk;
+  RingPosition ring;
+  loader.skip(rank);
+  const int step = ctas * kChunk, ahead = shared.ring.own_slots * step;
 #pragma unroll 1
-    for (int token = 0; token < sequence.length; token += kChunk) {
-      const RingPosition ring = place.position(shared.ring);
-      const uint32_t ready = shared.factors_ready(ring.slot);
-      barrier_wait(shared.values_free(ring.slot), ring.parity ^ 1);
-      if (!place.is_own() && lane == 0) barrier_arrive_expecting(ready, S::kFactorBytes);
-      loader.load(shared.slot(ring.slot), ready, 1, sequence.length - token, p.inputs_aligned, warp, lane);
-      loader.prefetch(ahead - kChunk, sequence.length - token - ahead, warp, lane);
-      place.advance(shared.ring, ctas);
-    }
-  } else {
-    RingPosition ring;
-    loader.skip(rank);
-    const int step = ctas * kChunk, ahead = shared.ring.own_slots * step;
-#pragma unroll 1
-    for (int token = rank * kChunk; token < sequence.length; token += step) {
-      await_reuse(shared, ring);
-      loader.load(shared.slot(ring.slot), shared.raw_ready(ring.slot), ctas, sequence.length - token, p.inputs_aligned,
-                  warp, lane);
-      loader.prefetch(ahead - step, sequence.length - token - ahead, warp, lane);
-      ring.advance(1, shared.ring.own_slots);
-    }
+  for (int token = rank * kChunk; token < sequence.length; token += step) {
+    await_reuse(shared, ring);
+    loader.load(p, shared.slot(ring.slot), shared.raw_ready(ring.slot), ctas, sequence.length - token, warp, lane);
+    loader.prefetch(p, ahead - step, sequence.length - token - ahead, warp, lane);
+    ring.advance(1, shared.ring.own_slots);
   }
 }
 

@@ -20,8 +20,8 @@ struct RingPosition {
 };
 
 // Until the slot's last chunk has been made and consumed; a fresh barrier passes a wait for the odd parity, so the first
-// round finds every slot free. SlotFree alone implies FactorsReady, and RawReady implies both: a role waits for all that
-// it follows at first hand, because racecheck does not follow chains of barriers. (The waits fall through.)
+// round finds every slot free. SlotFree alone implies FactorsReady: a role waits for all that it follows at first hand, because
+// racecheck does not follow chains of barriers. (That wait falls through.)
 template <class S>
 __device__ __forceinline__ void await_reuse(const SharedMap<S>& shared, const RingPosition& ring) {
   barrier_wait(shared.factors_ready(ring.slot), ring.parity ^ 1);

@@ -8,8 +8,9 @@
 //   Kpre, Qpre   are 0 from a channel's first reset on
 //   Ksuf         is 0 before its last
 //   total        is 0 if there is one
-// Segments differ from channel to channel. The products take them one after another, with the operands of all others
-// set to 0 in the registers.
+// Where all of the half's channels have theirs at the same tokens, the products are made as without any, and what they gave
+// for tokens of two segments is set to 0. Else segments differ from channel to channel, and the products take them one after
+// another, with the operands of all others set to 0 in the registers.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -47,6 +48,53 @@ __device__ __forceinline__ bool cut_at_resets(float2 (&G)[kTile], uint32_t& rese
     least = fminf(least, fminf(G[t].x, G[t].y));
   }
   return __all_sync(~0u, least >= bound && before.x >= kLeastSum && before.y >= kLeastSum);
+}
+
+// The tokens with a reset, if all channels have the same, or 0.
+__device__ __forceinline__ uint32_t common_resets(uint32_t resets) {
+  int same;
+  __match_all_sync(~0u, resets, &same);
+  const uint32_t tokens = resets & 0xffff;
+  return same && tokens == resets >> kTile ? tokens : 0;
+}
+
+// How many segments end before a token.
+__device__ __forceinline__ int segment_number(uint32_t tokens, int token) { return __popc(tokens & ((2u << token) - 2)); }
+
+// Products of tokens in two segments become 0.
+__device__ __forceinline__ void keep_inside_segments(PairSums& sums, uint32_t tokens, int lane) {
+  const auto keep = [&](float (&sum)[4], int first_row, int first_column) {
+    const int row = segment_number(tokens, first_row + lane / 4);
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      const bool inside = row == segment_number(tokens, first_column + 2 * (lane % 4) + x);
+      sum[x] = inside ? sum[x] : 0.0f;
+      sum[2 + x] = inside ? sum[2 + x] : 0.0f;
+    }
+  };
+  keep(sums.group[0], 0, 0);
+  keep(sums.group[1], 8, 8);
+  keep(sums.across, 8, 0);
+}
+
+// clear_across_resets() where all channels have their resets at the same tokens.
+template <class S>
+__device__ __forceinline__ void clear_across_tokens(const TileFactors<S>& to, uint32_t tokens, uint32_t first,
+                                                    uint32_t total) {
+  store_shared_float2(total, 0.0f, 0.0f);
+  const int first_reset = __ffs(tokens) - 1, last_reset = 31 - __clz(tokens);
+#pragma unroll 1
+  for (int begin = 0; begin < kTile; begin += 8, first += 8 * kRowBytes) {
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      const uint32_t place = at_token(first, t);
+      if (begin + t >= first_reset) {
+        store_shared(to.q() + place, 0);
+        store_shared(to.k() + place, 0);
+      }
+      if (begin + t < last_reset) store_shared(to.k_suf() + place, 0);
+    }
+  }
 }
 
 // Products inside a tile over half the channels, as multiply_pairs() makes them, of tokens of the same segment.

@@ -1,4 +1,5 @@
-// The state warps: the recurrence over chunks, the state in registers from the first token to the last.
+// The state warps: the recurrence over chunks, the state in registers from the first token to the last. Here what all of them
+// have in common, and those of a single CTA; cluster.cuh has a cluster's.
 //
 // Everything is transposed, so that the accumulator of one MMA, rounded to bf16, is the A operand of the next
 // (rows are the warp's 16 of V):
@@ -138,43 +139,67 @@ __device__ __forceinline__ void decay_state(StateFragment& s, uint32_t list) {
   }
 }
 
-// v^T of the warp's 16 columns, as ldmatrix gives it per tile.
-using ValueFragment = uint32_t[kTiles][4];
+// v^T of 16 columns, as ldmatrix gives it per tile, and beta, of all tokens: what U0 needs beside P.
+template <class S>
+struct Values {
+  uint32_t v[kTiles][4];
+  float2 beta[kTokenTiles];
 
-// U0^T = diag(beta) (V - P)^T; v^T by ldmatrix.
-__device__ __forceinline__ void residual(TokenFragment& u0, const TokenFragment& projected, const ValueFragment& v,
-                                         const float2 (&beta)[kTokenTiles]) {
+  // `columns` is half a panel of v, `block` counts its 16 columns.
+  __device__ __forceinline__ Values(uint32_t slot, uint32_t columns, int block, int lane) {
 #pragma unroll
-  for (int n = 0; n < kTokenTiles; ++n) {
+    for (int tile = 0; tile < kTiles; ++tile) ldmatrix_x4_trans(v[tile], columns + tile * kTileRows + block_rows(block, lane));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 value = unpack_bf16(v[n / 2][2 * half + n % 2]);  // rows 8 half .., tokens 8 n ..
-      u0[n][2 * half] = beta[n].x * (value.x - projected[n][2 * half]);
-      u0[n][2 * half + 1] = beta[n].y * (value.y - projected[n][2 * half + 1]);
+    for (int n = 0; n < kTokenTiles; ++n) beta[n] = load_shared_float2(slot + S::kBeta + lane % 4 * 8 + n * 32);
+  }
+
+  // From P^T to U0^T = diag(beta) (V - P)^T.
+  __device__ __forceinline__ void residual(TokenFragment& u) const {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 value = unpack_bf16(v[n / 2][2 * half + n % 2]);  // rows 8 half .., tokens 8 n ..
+        u[n][2 * half] = beta[n].x * (value.x - u[n][2 * half]);
+        u[n][2 * half + 1] = beta[n].y * (value.y - u[n][2 * half + 1]);
+      }
     }
+  }
+};
+
+// 16 bytes of a row of out, which may start anywhere.
+template <bool kAligned>
+__device__ __forceinline__ void store_out(void* to, uint4 piece) {
+  if constexpr (kAligned) {
+    *static_cast<uint4*>(to) = piece;
+  } else {
+    const uint32_t pairs[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) static_cast<uint16_t*>(to)[e] = static_cast<uint16_t>(pairs[e / 2] >> e % 2 * 16);
   }
 }
 
-// o of the warp's 16 columns on its way out: transposed and gathered to pieces of 16 bytes through the warp's own columns of
-// a panel. (Writing the 4-byte pairs of the transposed fragment straight to global memory was slower: half-filled sectors,
-// and address arithmetic in the chain.)
+// o of the warp's 16 columns on its way out: transposed and gathered to pieces of 16 bytes in shared memory, where `place` says
+// for a token and one of the two pieces. (Writing the 4-byte pairs of the transposed fragment straight to global memory was
+// slower: half-filled sectors, and address arithmetic in the chain.)
+template <class Place>
+__device__ __forceinline__ void gather_output(const TokenOperand& o, int lane, Place place) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    stmatrix_x4_trans(place(tile * kTile + lane / 16 * 8 + lane % 8, lane / 8 % 2), o[tile]);
+  }
+}
+
+// The lane's pieces of what gather_output() has left; `rows` is the first token's, tokens from `valid` on are left out.
 struct OutputPieces {
   uint4 piece[kTiles];
 
-  __device__ __forceinline__ OutputPieces(const TokenOperand& o, uint32_t columns, int first_unit, int lane) {
-    __syncwarp();  // every lane has had its v from these columns
+  template <class Place>
+  __device__ __forceinline__ OutputPieces(int lane, Place place) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      stmatrix_x4_trans(columns + tile * kTileRows + swizzled(lane / 16 * 8 + lane % 8, first_unit + lane / 8 % 2), o[tile]);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      piece[tile] = load_shared_uint4(columns + swizzled(tile * kTile + lane / 2, first_unit + lane % 2));
-    }
+    for (int tile = 0; tile < kTiles; ++tile) piece[tile] = load_shared_uint4(place(tile * kTile + lane / 2, lane % 2));
   }
 
-  // `rows` is the first token's; tokens from `valid` on are left out.
   __device__ __forceinline__ void store(const PrefillParams& p, __nv_bfloat16* rows, int valid, int lane) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -182,117 +207,138 @@ struct OutputPieces {
       if (token >= valid) return;
       __nv_bfloat16* destination = rows + token * p.out.token_stride + 8 * (lane % 2);
       if (p.out_aligned) {
-        *reinterpret_cast<uint4*>(destination) = piece[tile];
+        store_out<true>(destination, piece[tile]);
       } else {
-        const auto* values = reinterpret_cast<const __nv_bfloat16*>(&piece[tile]);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) destination[e] = values[e];
+        store_out<false>(destination, piece[tile]);
       }
     }
   }
 };
 
+// A state warp's own way out for o, by TMA where that can be.
+template <class S>
+struct OutputStage {
+  const KernelParams<S>& p;
+  const Sequence& sequence;
+  const int head, first_row;  // of the warp's in S
+  const uint32_t stage;
+
+  // The chunk from `token` on.
+  __device__ __forceinline__ void send(const TokenOperand& o, int token, int lane) const {
+    const auto place = [&](int row, int unit) { return stage + staged(row, unit); };
+    if (lane == 0) bulk_wait_read();
+    __syncwarp();  // the last chunk's o has left
+    gather_output(o, lane, place);
+    fence_proxy_async();
+    __syncwarp();
+    const int valid = sequence.length - token;
+    if (p.stores && valid >= kChunk) {
+      if (lane == 0) {
+        copy_to_tensor(p.output,
+                       {.x = first_row,
+                        .head = head,
+                        .token = static_cast<int>(sequence.begin) + token,
+                        .batch = static_cast<int>(sequence.batch)},
+                       stage);
+      }
+    } else {
+      auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
+      OutputPieces(lane, place).store(p, out + token * p.out.token_stride, valid, lane);
+    }
+  }
+};
+
+// The states before every 64th token, in bf16, where they are wanted.
+struct IntermediateStates {
+  int64_t next;
+
+  __device__ __forceinline__ IntermediateStates(const PrefillParams& p, int64_t index)
+      : next(p.intermediate_states.data == nullptr ? p.num_intermediate_states
+                                                   : intermediate_states_before(p.cu_seqlens, index, p.num_tokens)) {}
+
+  __device__ __forceinline__ bool wanted(const PrefillParams& p, int token) const {
+    return __builtin_expect(token % kIntermediateStep == 0 && next < p.num_intermediate_states, false);
+  }
+
+  // The next one's place.
+  __device__ __forceinline__ __nv_bfloat16* place(const PrefillParams& p, int head) {
+    return static_cast<__nv_bfloat16*>(p.intermediate_states.data) + (next++ * p.num_heads + head) * kHeadDim * kHeadDim;
+  }
+};
+
+// In a single CTA, where the state warps load, too.
 template <class Engine, class S>
-__device__ void state_role(const PrefillParams& p, const SharedMap<S>& shared, const Sequence& sequence,
-                           int64_t index, int head, int rank, int warp) {
+__device__ void state_role(const KernelParams<S>& p, const SharedMap<S>& shared, const Sequence& sequence, int64_t index,
+                           int head, int warp) {
   const int lane = threadIdx.x % 32;
-  const int first_row = (rank * S::kStateWarps + warp) * kRowsPerStateWarp;  // of the warp's in S
-  auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
+  const int first_row = warp * kRowsPerStateWarp;  // of the warp's in S
   const int64_t state_offset = (index * p.num_heads + head) * kHeadDim * kHeadDim;
 
-  // In a single CTA the state warps load, too: all slots before the first chunk, then the one consumed last, before they wait
-  // for a chunk's factors: the team that prepares these has its next data there.
-  ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
+  // All slots before the first chunk, then the one consumed last, before they wait for a chunk's factors: the team that
+  // prepares these has its next data there.
+  ChunkLoader<S> loader(p, sequence, head, 0, warp, lane);
   const int ahead = shared.ring.own_slots * kChunk;
-  if constexpr (!S::kCluster) {
-    RingPosition ring;
+  RingPosition filling;
 #pragma unroll 1
-    for (int token = 0; token < min(ahead, sequence.length); token += kChunk, ++ring.slot) {
-      loader.load_next(shared, ring, sequence.length - token, p.inputs_aligned, warp, lane);
-    }
+  for (int token = 0; token < min(ahead, sequence.length); token += kChunk, ++filling.slot) {
+    loader.load_next(p, shared, filling, sequence.length - token, warp, lane);
   }
 
   StateFragment s = {};
   read_initial_state(s, p.initial_state, state_offset, first_row, lane);
 
-  // The warp's two units of v and o in this CTA's part of them.
   const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
-  const uint32_t beta_lane = S::kBeta + lane % 4 * 8;
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
-  [[maybe_unused]] Release<S> release(shared, rank, lane);
-  if constexpr (S::kCluster) release.invite(shared);
-  int64_t next_state = p.intermediate_states.data == nullptr
-                           ? p.num_intermediate_states
-                           : intermediate_states_before(p.cu_seqlens, index, p.num_tokens);
+  IntermediateStates intermediate(p, index);
   Engine engine(lane);
-  ChunkPlace place{.rank = rank};
-  RingPosition ring = place.position(shared.ring), last = ring;
-  // A chunk's o leaves through v's place. In a cluster, where every clock of the chain counts, that is done while the next
-  // chunk's products are under way.
-  TokenOperand o_bf16;
-  const auto send = [&](int slot_index, int valid) {
-    const OutputPieces pieces(o_bf16, shared.slot(slot_index) + S::kV + v_half, first_unit, lane);
-    barrier_arrive(shared.values_free(slot_index));
-    pieces.store(p, out, valid, lane);
-    out += kChunk * p.out.token_stride;
-  };
-  bool ready = false;
+  RingPosition ring, last = ring;
   for (int token = 0; token < sequence.length; token += kChunk) {
     const uint32_t slot = shared.slot(ring.slot);
-    if (__builtin_expect(token % kIntermediateStep == 0 && next_state < p.num_intermediate_states, false)) {
-      store_state(s, static_cast<__nv_bfloat16*>(p.intermediate_states.data) +
-                         (next_state++ * p.num_heads + head) * kHeadDim * kHeadDim,
-                  p.intermediate_states.v_first, first_row, lane);
+    if (intermediate.wanted(p, token)) {
+      store_state(s, intermediate.place(p, head), p.intermediate_states.v_first, first_row, lane);
     }
-    if constexpr (!S::kCluster) {
-      const int later = token - kChunk + ahead;
-      if (token > 0 && later < sequence.length) {
-        const RingPosition freed{.slot = last.slot, .parity = last.parity ^ 1};
-        loader.load_next(shared, freed, sequence.length - later, p.inputs_aligned, warp, lane);
-      }
+    const int later = token - kChunk + ahead;
+    if (token > 0 && later < sequence.length) {
+      const RingPosition freed{.slot = last.slot, .parity = last.parity ^ 1};
+      loader.load_next(p, shared, freed, sequence.length - later, warp, lane);
     }
-    if (!ready) barrier_wait(shared.factors_ready(ring.slot), ring.parity);
+    barrier_wait(shared.factors_ready(ring.slot), ring.parity);
 
-    TokenFragment projected = {}, o = {}, u;
+    TokenFragment u, o;  // P and R first
     TokenOperand operand;
-    ValueFragment v;
-    float2 beta[kTokenTiles];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      ldmatrix_x4_trans(v[tile], slot + S::kV + v_half + tile * kTileRows + block_rows(warp % kHalfBlocks, lane));
-    }
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) beta[n] = load_shared_float2(slot + beta_lane + n * 32);
-    engine.read_state(projected, o, s, slot + S::kK, slot + S::kQ);
-    // While that is under way: what comes next.
-    [[maybe_unused]] const bool tells = release.tells(!place.is_own());
-    [[maybe_unused]] const uint32_t there = S::kCluster ? release.next(shared, tells) : 0;
-    place.advance(shared.ring, shared.num_ctas);
-    const RingPosition next = place.position(shared.ring);
-    engine.wait_projected(projected);
-    residual(u, projected, v, beta);
+    const Values<S> values(slot, slot + S::kV + v_half, warp % kHalfBlocks, lane);
+    const auto a = engine.operand(s);
+    engine.read_state(u, a, slot + S::kK);
+    engine.read_state(o, a, slot + S::kQ);
+    last = ring;
+    ring.advance(1, shared.ring.own_slots);
+    engine.template wait_but<1>(u);
+    values.residual(u);
     pack_tokens(operand, u);
     engine.multiply_pairs(u, operand, slot + S::kTInv);
-    engine.wait(u, o);
+    engine.template wait_but<0>(u, o);
     pack_tokens(operand, u);
     engine.multiply_pairs(o, operand, slot + S::kAqk);
     decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
     engine.template update_state<S>(s, operand, slot);
-    if (S::kCluster && token > 0) send(last.slot, kChunk);
-    last = ring;
-    ring = next;
-    ready = barrier_peek(shared.factors_ready(ring.slot), ring.parity);
-    engine.wait(o, s);
-    if constexpr (S::kCluster) {
-      __syncwarp();
-      if (tells) barrier_arrive_remote(there);
+    engine.template wait_but<0>(o, s);
+    barrier_arrive(shared.slot_free(last.slot));
+    pack_tokens(operand, o);
+    if constexpr (S::kStaged) {
+      OutputStage<S>{p, sequence, head, first_row, shared.stage(warp)}.send(operand, token, lane);
     } else {
-      barrier_arrive(shared.slot_free(last.slot));
+      // Through v's place: the warp's own columns.
+      const auto place = [&](int row, int unit) { return slot + S::kV + v_half + swizzled(row, first_unit + unit); };
+      __syncwarp();  // every lane has had its v from there
+      gather_output(operand, lane, place);
+      __syncwarp();
+      const OutputPieces pieces(lane, place);
+      barrier_arrive(shared.values_free(last.slot));
+      auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
+      pieces.store(p, out + token * p.out.token_stride, sequence.length - token, lane);
     }
-    pack_tokens(o_bf16, o);
-    if (!S::kCluster) send(last.slot, sequence.length - token);
   }
-  if (S::kCluster && sequence.length > 0) send(last.slot, (sequence.length - 1) % kChunk + 1);
+  if (S::kStaged && lane == 0) bulk_wait_read();
 
   write_final_state(s, p.final_state, state_offset, first_row, lane);
 }

@@ -85,13 +85,12 @@ __device__ __forceinline__ void accumulate_gate(float2 (&G)[kTile], uint32_t gat
 }
 
 // The bounded way: a lane holds a pair of channels for all tokens and replaces in place; `pair` is its place at token 0 in
-// half a panel. In a cluster eight tokens' code, twice: unrolled over the tile, it would be a tenth of what has to fit in the
-// instruction cache. (Registers cannot be indexed: G moves up by eight.) In a single CTA, with fewer roles at a time, the
-// whole tile's code is faster.
+// half a panel. Eight tokens' code, twice: unrolled over the tile, it would be a tenth of what has to fit in the instruction
+// cache. (Registers cannot be indexed: G moves up by eight.)
 template <class S>
 __device__ __forceinline__ void scale_pairs(float2 (&G)[kTile], const TileFactors<S>& to, float2 total, uint32_t pair) {
   constexpr int kFromQToK = S::kK - S::kQ;
-  constexpr int kStep = S::kCluster ? 8 : kTile;
+  constexpr int kStep = 8;
   constexpr int kAhead = 3;  // tokens whose loads are on their way
   uint32_t q = to.q() + pair, k_suf = to.k_suf() + pair, k_inverse = to.inverse() + pair, norms = to.norms();
 #pragma unroll 1
@@ -256,8 +255,14 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
   store_shared_float2(total_place, total.x, total.y);
   scale_pairs(G, to, total, pair);
   __syncwarp();
-  if (bounded || !kHasResets) {
+  const uint32_t common = bounded || !kHasResets ? 0 : common_resets(resets);
+  if (bounded || !kHasResets || common != 0) {
     multiply_pairs(sums, to, lane);
+    if (kHasResets && common != 0) {
+      keep_inside_segments(sums, common, opaque(lane));
+      __syncwarp();
+      clear_across_tokens(to, common, pair, total_place);
+    }
   } else {
     multiply_segments(sums, to, resets, opaque(lane));
     __syncwarp();

@@ -2,29 +2,31 @@
 //
 // A CTA owns one (sequence, value head) and walks its chunks of 32 tokens, two tiles of 16, through a ring of slots:
 //
-//   load warps      q, k, g, v of a chunk into its slot                                              (load.cuh)
 //   factor teams    gate, decay tree, Akk, Aqk, T_inv: one or two warps per tile, teams in turn      (factors.cuh)
-//   state warps     S in registers, 16 rows of V each; o and the next S                              (state.cuh)
+//   state warps     S in registers, 16 rows of V each; o and the next S; they also load              (state.cuh, load.cuh)
 //
 //   barrier        arrives                             waits           arrivals
-//   RawReady       load warps, q, k, g are there       factor team     a lane each
+//   RawReady       q, k, g are there                   factor team     a lane each
 //   FactorsReady   the chunk's factor team; v is there all             a lane each
-//   SlotFree       state warps, factors consumed       both others     a lane each
-//   ValuesFree     state warps, o has left v's place   load warps      a lane each
-// Every lane arrives for what it has read and written itself. A slot is loaded again once its last chunk has been
-// consumed.
+//   SlotFree       state warps, factors consumed       all             a lane each
+//   ValuesFree     state warps, o has left v's place   state warps     a lane each
+// Every lane arrives for what it has read and written itself; where a tensor copy (TMA) loads, its bytes count as well, and one
+// lane arrives for its warp. A slot is loaded again once its last chunk has been consumed. Without TMA o leaves through v's
+// place, with it each state warp has a stage of its own, and nobody needs ValuesFree.
 //
 // With few heads, a cluster of two to four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
 // all take chunks in turn, load their q, k and g into a ring of their own, prepare the factors there, and copy what the
 // state needs to a second ring, of guests, in the other CTAs that hold S. So a slot is taken for as long as the chunk's
-// preparation takes only where that happens. There are the same rings in all CTAs.
+// preparation takes only where that happens. There are the same rings in all CTAs. The state warps have S there and nothing
+// else; four load warps do the rest, one of them all that concerns v and o (cluster.cuh).
 //   FactorsReady   of a guest: the copy's bytes; v
-//   SlotFree       of an own slot: a lane of each state warp of both CTAs
+//   SlotFree       of an own slot: a lane of v's load warp of both CTAs
 //   GuestFree      of an own slot: the places that its chunk is to be copied to are free; the same of the other CTAs alone
+//   OutputReady    in ValuesFree's place: one of each state warp, o is in v's place and nothing else is needed of the chunk
 //
 // A slot is reused in place: a lane of a factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
-// only reader of its 16 columns of v and passes o through them.
+// only reader of its columns of v, where o follows.
 #pragma once
 
 #include <cstdint>
@@ -79,11 +81,13 @@ __device__ __forceinline__ uint32_t total_offset(int channel) {
 // Byte offsets in a slot. An fp32 gate has rows of 32 channels in the same manner, four of them a token. Ksuf takes the
 // place of the gate; where that is fp32, half a panel of Ksuf covers the first of the two rows that a token has for these
 // channels.
-template <class GateElem, int kStateParts>
+template <class GateElem, int kStateParts, bool kTensorCopies>
 struct Slot {
   using GElem = GateElem;
   static constexpr int kParts = kStateParts;  // CTAs that share the rows of S
   static constexpr bool kCluster = kParts > 1;
+  static constexpr bool kTensors = kTensorCopies;  // q, k, v, g and o are copied by TMA where they can be
+  static constexpr bool kStaged = kTensors && !kCluster;  // o on its way out is not in v's place
   static constexpr int kStateWarps = kHeadDim / kRowsPerStateWarp / kParts;
   static constexpr bool kWholeTiles = !kCluster;  // a factor warp's part of a chunk is a tile, or half its channels
   static constexpr int kTeamWarps = kTiles * (kWholeTiles ? 1 : kHalves);
@@ -92,7 +96,8 @@ struct Slot {
   static constexpr int kLoadWarps = kCluster ? 4 : kStateWarps;  // in a single CTA these are the state warps
   static constexpr int kThreads = 32 * (kStateWarps + kFactorWarps + (kCluster ? kLoadWarps : 0));
   static constexpr int kValueWarps = kLoadWarps / 4;  // of these, those that load v
-  static constexpr int kFreeArrivals = kCluster ? kParts * kStateWarps : 32 * kStateWarps;
+  static constexpr int kFreeArrivals = kCluster ? kParts : 32 * kStateWarps;
+  static constexpr int kOutputArrivals = kCluster ? kStateWarps : 32 * kStateWarps;
 
   static constexpr int kGateScale = sizeof(GElem) / 2;
   static constexpr int kV = 0;                          // v of the part's rows
@@ -128,18 +133,25 @@ struct Scratch {
   static constexpr int kBytes = (kTotal + kTiles * kTotalBytes + 127) / 128 * 128;
 };
 
+// A state warp's o on its way out by TMA: a row of 32 bytes per token, whose two units change places every four tokens.
+constexpr int kStageRow = 32;
+constexpr int kStageBytes = kChunk * kStageRow;
+__device__ __forceinline__ uint32_t staged(int row, int unit) { return row * kStageRow + (unit ^ row / 4 % 2) * 16; }
+
 // Before the slots: what lives as long as the CTA.
 struct Fixed {
   static constexpr int kBarriers = 0;                          // those of each slot
   static constexpr int kBeta = kSlotBarriers * kMaxSlots * 8;  // Source of beta
   static constexpr int kGate = kBeta + 16;                     // GateScale
   static constexpr int kBias = 384;                            // [128] fp32: dt_bias in the gate's units
-  static constexpr int kScratch = kBias + kHeadDim * 4;
+  static constexpr int kStage = 1024;                          // o on its way out by TMA, [32, 16] of each state warp
+  template <class S>
+  static constexpr int kScratch = S::kStaged ? kStage + S::kStateWarps * kStageBytes : kBias + kHeadDim * 4;
   template <class S>
   static constexpr int bytes(int num_teams) {
-    return (kScratch + num_teams * Scratch<S>::kBytes + 1023) / 1024 * 1024;
+    return (kScratch<S> + num_teams * Scratch<S>::kBytes + 1023) / 1024 * 1024;
   }
-  static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kScratch % 128 == 0, "all that fits before the bias");
+  static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kBias + kHeadDim * 4 <= kStage, "all that fits before them");
 };
 
 // How a CTA divides its shared memory: own slots, then those of guests.
@@ -157,10 +169,10 @@ constexpr int shared_bytes(Ring ring) {
   return ring.first_slot + ring.num_slots() * S::kBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams: with a bf16 gate 4 teams
-// and 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0), with an fp32 gate 3 and 4, 2 and 3, 1
-// and 2. In a cluster 3 teams and 6 slots, 2 and 5; guests, which are every second chunk with two CTAs and more with three
-// or four, have two of them or what three own ones leave. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams: with a bf16 gate 4 teams and
+// 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 3 and 4, 2 and 3, 1 and 2.
+// In a cluster 3 teams and 6 slots, 2 and 5; guests, which are every second chunk with two CTAs and more with three or four,
+// have two of them or what three own ones leave. No slots if it cannot be.
 template <class S>
 constexpr Ring fit_ring(int limit, int num_ctas) {
   for (int teams = S::kMaxTeams; teams > 0; --teams) {
@@ -178,8 +190,8 @@ constexpr Ring fit_ring(int limit, int num_ctas) {
 }
 
 constexpr int kLeastShared = 99 << 10;  // what a CTA may have from compute capability 8.0 on, or more
-static_assert(fit_ring<Slot<__nv_bfloat16, 1>>(kLeastShared, 1).own_slots > 0 &&
-                  fit_ring<Slot<float, 1>>(kLeastShared, 1).own_slots > 0,
+static_assert(fit_ring<Slot<__nv_bfloat16, 1, false>>(kLeastShared, 1).own_slots > 0 &&
+                  fit_ring<Slot<float, 1, false>>(kLeastShared, 1).own_slots > 0,
               "either gate runs everywhere");
 
 // A team's chunks are in its CTA's own slots, and no more of them than that are on their way; guests need a place.
@@ -192,7 +204,7 @@ constexpr bool fits_clusters(int limit) {
   return true;
 }
 constexpr int kHopperShared = 227 << 10;
-static_assert(fits_clusters<Slot<__nv_bfloat16, 2>>(kHopperShared) && fits_clusters<Slot<float, 2>>(kHopperShared),
+static_assert(fits_clusters<Slot<__nv_bfloat16, 2, true>>(kHopperShared) && fits_clusters<Slot<float, 2, true>>(kHopperShared),
               "either gate runs in clusters");
 
 // Shared-memory addresses of one CTA.
@@ -209,11 +221,13 @@ struct SharedMap {
   __device__ __forceinline__ uint32_t raw_ready(int slot) const { return slot_free(slot) + kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t factors_ready(int slot) const { return slot_free(slot) + 2 * kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t values_free(int slot) const { return slot_free(slot) + 3 * kMaxSlots * 8; }
+  __device__ __forceinline__ uint32_t output_ready(int slot) const { return values_free(slot); }  // in a cluster, instead
   __device__ __forceinline__ uint32_t guest_free(int slot) const { return slot_free(slot) + 4 * kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t beta() const { return base + Fixed::kBeta; }
   __device__ __forceinline__ uint32_t gate() const { return base + Fixed::kGate; }
   __device__ __forceinline__ uint32_t bias() const { return base + Fixed::kBias; }
-  __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch + team * Scratch<S>::kBytes; }
+  __device__ __forceinline__ uint32_t stage(int state_warp) const { return base + Fixed::kStage + state_warp * kStageBytes; }
+  __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch<S> + team * Scratch<S>::kBytes; }
 };
 
 // What a lane names to ldmatrix_x4 for a 16 x 16 block of a swizzled half panel, `block` counted inside the half, or of a
