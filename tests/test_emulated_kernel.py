@@ -105,6 +105,33 @@ def test_misaligned_rows(emulated, ctas):
 
 
 @pytest.mark.parametrize("ctas", SIZES)
+def test_misaligned_out(emulated, ctas):
+    inputs = inputs_of("lower-strong", (97, 40))
+    expected = emulated.reference.chunk_kda(**to_float64(inputs))[0]
+    out = misaligned(torch.full_like(inputs["v"], float("nan")))
+    emulated.use(ctas)
+    emulated.ops.kda_prefill(*op_arguments(inputs, out, None))
+    assert rel_rms(expected, out) <= TOLERANCE
+
+
+@pytest.mark.parametrize("ctas", SIZES)
+@pytest.mark.parametrize("names", [("q", "k"), ("v",), ("g",)], ids=" ".join)
+def test_expanded_heads(emulated, names, ctas):
+    """Heads that share their rows, one tensor of which no tensor copy can be."""
+    inputs = inputs_of("softplus-init", (97, 40), H=2)
+    inputs.update((name, inputs[name][:, :, :1].expand_as(inputs[name])) for name in names)
+    check(emulated, inputs, [dict(cluster_ctas=ctas)])
+
+
+@pytest.mark.parametrize("ctas", SIZES)
+@pytest.mark.parametrize("batch, length", [(3, 70), (2, 32), (1, 33)])
+def test_padded_batches(emulated, batch, length, ctas):
+    """Whose last chunk's rows are followed by the next sequence's, or by none."""
+    inputs = make_inputs("lower-weak", B=batch, T=length, H=1, HV=2, initial_state=True)
+    check(emulated, inputs, [dict(cluster_ctas=ctas)])
+
+
+@pytest.mark.parametrize("ctas", SIZES)
 def test_nan_stays_in_its_sequence(emulated, ctas):
     clean, dirty = (inputs_of("softplus-init", (40, 33, 70)) for _ in range(2))
     for name in ("q", "k", "v", "g", "beta"):
@@ -148,6 +175,9 @@ FAULTS = (
     "the address of what is not in shared memory",
     "a misaligned address",
     "shared memory that is declared in more than one piece",
+    "an address that a copy is writing to",
+    "a thread ends with copies that shared memory has to outlive",
+    "a swizzled box at an odd address",
     "two threads at one place in shared memory",
     "two threads at one place in shared memory",
     "a place that a copy is on its way to",
@@ -164,7 +194,7 @@ def test_emulator_finds_faults(emulated):
 
 
 def test_emulator_runs_in_many_orders(emulated):
-    """What a thread reads too early is there or not: another's store, its own copy, another CTA's store."""
+    """What is read too early is there or not: another's store, an own copy, another CTA's store, a copy's source."""
     for race in range(emulated.library.emulator_races()):
         found = set()
         for seed in range(20):

@@ -83,7 +83,7 @@ struct Thread {
   const uint32_t* word = nullptr;  // that it waits for
   uint32_t value = 0;
   std::vector<std::function<void()>> copies;
-  std::vector<std::shared_ptr<std::function<void()>>> put_off[2];  // Until; what has happened is empty
+  std::vector<std::shared_ptr<std::function<void()>>> put_off[3];  // Until; what has happened is empty
   std::deque<std::function<void()>> in_order;
   std::shared_ptr<void> products;
   uint32_t cluster_generation = 0;
@@ -114,6 +114,7 @@ void leave() { emulator_switch(&current->stack_pointer, scheduler); }
 void start() {
   (*body)();
   if (!current->copies.empty()) fail("a thread ends with copies that no barrier waits for");
+  if (!current->put_off[kRead].empty()) fail("a thread ends with copies that shared memory has to outlive");
   current->done = true;
   --current->cta->running;
   leave();
@@ -374,10 +375,10 @@ void barrier_init(uint32_t barrier, int arrivals) {
   if (arrivals <= 0) fail("a barrier without arrivals");
   barrier_at(barrier, true) = {.arrivals = arrivals, .missing = arrivals, .bytes = 0, .phase = 0};
 }
-void barrier_arrive(uint32_t barrier, int expected_bytes) {
+void barrier_arrive(uint32_t barrier, int expected_bytes, int arrivals) {
   Barrier& at = barrier_at(barrier);
   at.bytes += expected_bytes;
-  --at.missing;
+  at.missing -= arrivals;
   complete(at);
 }
 void barrier_bytes(uint32_t barrier, int bytes) {

@@ -7,6 +7,7 @@
 // that a warp's lanes do not enter together, an address outside or misaligned.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
@@ -51,9 +52,9 @@ bool chance(double probability);
 // `happens` at a random later time; `in_order`, after what the same thread has put off so before.
 void later(std::function<void()> happens, bool in_order = false);
 
-// What the thread has put off until it waits for its copies, or until what it releases is seen by the cluster: it happens at
-// a random time before, or then.
-enum Until { kCopied, kReleased };
+// What the thread has put off until it waits for its copies, or until what it releases is seen by the cluster, or until what it
+// copies from shared memory has been read there: it happens at a random time before, or then.
+enum Until { kCopied, kReleased, kRead };
 void put_off(Until until, std::function<void()> happens);
 void settle(Until until);
 
@@ -89,10 +90,23 @@ void store(uint32_t address, const T& x) {
 }
 
 void barrier_init(uint32_t barrier, int arrivals);
-void barrier_arrive(uint32_t barrier, int expected_bytes = 0);
+void barrier_arrive(uint32_t barrier, int expected_bytes = 0, int arrivals = 1);
 void barrier_bytes(uint32_t barrier, int bytes);
 bool barrier_test(uint32_t barrier, uint32_t parity);
 void barrier_wait(uint32_t barrier, uint32_t parity);
+
+// What cuTensorMapEncodeTiled() keeps in a CUtensorMap: a tensor of four dimensions, its element's bytes, and the box and the
+// swizzle (the units of 16 bytes in a row that change places) of copies.
+struct TensorMap {
+  uint8_t* data;
+  uint64_t sizes[4], strides[4];
+  int box[4], elem_bytes, swizzled_units;
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+inline int box_bytes(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.elem_bytes; }
+// A box of the tensor, from coordinates on, to or from the CTA's shared memory, where that lies; elements outside the tensor are
+// zero, and not written.
+void copy_box(const TensorMap& map, const int (&from)[4], uint8_t* shared, bool to_shared);
 
 // The calling thread's: copies that have been started and not yet been handed to a barrier; wgmma's products, as the header
 // that emulates it keeps them.
@@ -238,6 +252,12 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
     for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
     return bits;
   });
+}
+inline uint32_t __match_all_sync(uint32_t, uint32_t x, int* same) {
+  *same = emulator::exchange<uint32_t, bool>("__match_all_sync", x, [](const uint32_t* all, int) {
+    return std::all_of(all, all + 32, [&](uint32_t other) { return other == all[0]; });
+  });
+  return *same ? ~0u : 0;
 }
 inline bool __all_sync(uint32_t, bool x) { return __ballot_sync(~0u, x) == ~0u; }
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t x) {

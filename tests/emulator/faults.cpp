@@ -3,6 +3,7 @@
 #include <string>
 
 #include "common/ptx.cuh"
+#include "prefill/tensor_maps.h"
 #include "watched_faults.h"
 
 namespace {
@@ -21,6 +22,15 @@ void with_barrier(Then then) {
   __syncthreads();
   then(place(0));
 }
+
+// A [1, 16, 1, 128] tensor, in boxes of 64 columns and 32 rows.
+CUtensorMap tensor(void* data) {
+  CUtensorMap map;
+  const TokenTensor rows{.data = data, .batch_stride = 0, .token_stride = kHeadDim, .head_stride = 0};
+  if (!prefill::describe_rows<__nv_bfloat16>(map, rows, 1, 16, 1, 64)) emulator::fail("not a tensor");
+  return map;
+}
+__nv_bfloat16 zeros[16 * kHeadDim];
 
 const std::function<void()> kFaults[] = {
     [] { with_barrier([](uint32_t barrier) { barrier_wait(barrier, 0); }); },
@@ -72,6 +82,20 @@ const std::function<void()> kFaults[] = {
       cp_async<16>(emulator::declared(kSharedBytes), reinterpret_cast<const char*>(sources) + 4);
     },
     [] { block_shared<float>(); },
+    [] {
+      with_barrier([](uint32_t barrier) {
+        if (threadIdx.x > 0) return;
+        barrier_expect(barrier, 4096);
+        copy_from_tensor(place(1024), tensor(zeros), {.x = 0, .head = 0, .token = 0, .batch = 0}, barrier);
+        load_shared(place(1024));
+      });
+    },
+    [] {
+      if (threadIdx.x == 0) copy_to_tensor(tensor(zeros), {.x = 64, .head = 0, .token = 0, .batch = 0}, place(1024));
+    },
+    [] {
+      if (threadIdx.x == 0) copy_to_tensor(tensor(zeros), {.x = 64, .head = 0, .token = 0, .batch = 0}, place(1024 + 128));
+    },
     threads_without_a_barrier,
     lanes_without_a_barrier,
     copy_without_a_wait,
@@ -106,7 +130,22 @@ void read_of_a_cta() {
   barrier_wait_for_cluster(place(8), 0);
 }
 
-const std::function<void()> kRaces[] = {read_of_a_thread, read_of_a_copy, read_of_a_cta};
+// A copy from shared memory that changes before it is known to have been read.
+void copy_of_what_changes() {
+  static uint32_t target[16 * kHeadDim];
+  if (emulator::own_rank() > 0) return;
+  if (threadIdx.x == 0) {
+    store_shared(place(1024), 1);
+    copy_to_tensor(tensor(target), {.x = 0, .head = 0, .token = 0, .batch = 0}, place(1024));
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  store_shared(place(1024), 0);
+  bulk_wait_read();
+  found = target[0];
+}
+
+const std::function<void()> kRaces[] = {read_of_a_thread, read_of_a_copy, read_of_a_cta, copy_of_what_changes};
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 #pragma once
 
-constexpr int kWatchedBytes = 4096;  // of shared memory, all of them declared
+constexpr int kWatchedBytes = 8192;  // of shared memory, all of them declared
 
 void threads_without_a_barrier();
 void lanes_without_a_barrier();

@@ -59,6 +59,15 @@ def test_strided_inputs(kernel_package, layout, g_dtype):
     assert_accurate(kernel_package, plain, run_op(kernel_package, strided))
 
 
+@pytest.mark.parametrize("names", [("q", "k"), ("v",), ("g",), ("beta",)], ids=" ".join)
+def test_heads_that_share_rows(kernel_package, names):
+    """A stride of 0, as expand() makes it: nothing that a tensor copy (TMA) can describe."""
+    inputs = inputs_for("softplus-init", B=2, T=83, H=4)
+    shared = {**inputs, **{name: inputs[name][:, :, :1].expand_as(inputs[name]) for name in names}}
+    copied = {name: x.contiguous() if name in names else x for name, x in shared.items()}
+    assert_accurate(kernel_package, copied, run_op(kernel_package, shared))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_out(kernel_package, layout):
     """Only the elements of `out` are written, whatever its strides are."""

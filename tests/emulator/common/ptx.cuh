@@ -161,9 +161,6 @@ inline void barrier_arrive_after_cp_async(uint32_t barrier) {
     emulator::barrier_arrive(barrier);
   }, true);
 }
-inline bool barrier_peek(uint32_t barrier, uint32_t parity) {
-  return emulator::barrier_test(barrier, parity) && emulator::chance(0.9);
-}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
 inline void named_barrier_sync(int barrier, int threads) { emulator::named_barrier(barrier, threads); }
 
@@ -198,6 +195,37 @@ inline void copy_to_remote(uint32_t target, uint32_t source, int bytes, uint32_t
     emulator::barrier_bytes(barrier, bytes);
   });
 }
+
+// ---- tensor copies (TMA) -----------------------------------------------------------------------------------
+
+struct TensorPlace {
+  int x, head, token, batch;
+};
+inline void copy_from_tensor(uint32_t target, const CUtensorMap& map, const TensorPlace& at, uint32_t barrier) {
+  const auto& tensor = reinterpret_cast<const emulator::TensorMap&>(map);
+  const int bytes = emulator::box_bytes(tensor);
+  if (target % 1024 != 0) emulator::fail("a swizzled box off a multiple of 1024");
+  auto* to = static_cast<uint8_t*>(emulator::shared(target, bytes));
+  for (int i = 0; i < bytes; i += 16) emulator::in_flight(target + i, true);
+  emulator::later([=, tensor = tensor] {
+    for (int i = 0; i < bytes; i += 16) emulator::in_flight(target + i, false);
+    emulator::copy_box(tensor, {at.x, at.head, at.token, at.batch}, to, true);
+    emulator::barrier_bytes(barrier, bytes);
+  });
+}
+inline void copy_to_tensor(const CUtensorMap& map, const TensorPlace& at, uint32_t source) {
+  const auto& tensor = reinterpret_cast<const emulator::TensorMap&>(map);
+  if (source % (tensor.swizzled_units == 8 ? 1024 : 256) != 0) emulator::fail("a swizzled box at an odd address");
+  auto* from = static_cast<uint8_t*>(emulator::shared(source, emulator::box_bytes(tensor)));
+  emulator::put_off(emulator::kRead, [=, tensor = tensor] {
+    emulator::copy_box(tensor, {at.x, at.head, at.token, at.batch}, from, false);
+  });
+}
+inline void bulk_wait_read() { emulator::settle(emulator::kRead); }
+inline void prefetch_tensor_map(const CUtensorMap&) {}
+inline void prefetch_tensor(const CUtensorMap&, const TensorPlace&) {}
+inline void barrier_expect(uint32_t barrier, int bytes) { emulator::barrier_bytes(barrier, -bytes); }
+inline void barrier_arrive_many(uint32_t barrier, int arrivals) { emulator::barrier_arrive(barrier, 0, arrivals); }
 
 // ---- special functions -----------------------------------------------------------------------------------
 
