@@ -196,9 +196,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t address, const void* source
                : "memory");
 }
 
-// Has the cache line of this address brought to L2.
-__device__ __forceinline__ void prefetch_l2(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
-
 // kBytes (4, 8 or 16) from global to shared memory.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* target, const void* source) {

@@ -88,12 +88,7 @@ __device__ __forceinline__ void send_output(const KernelParams<S>& p, const Sequ
   if (p.stores && valid >= kChunk) {
     fence_proxy_async();  // here and not by those who stored: in their chain it would cost a hundred clocks
     if (lane == 0) {
-      copy_to_tensor(p.output,
-                     {.x = first_column,
-                      .head = head,
-                      .token = static_cast<int>(sequence.begin) + token,
-                      .batch = static_cast<int>(sequence.batch)},
-                     panel);
+      copy_to_tensor(p.output, tensor_place(sequence, head, first_column, token), panel);
       bulk_wait_read();
     }
     return;
@@ -102,11 +97,7 @@ __device__ __forceinline__ void send_output(const KernelParams<S>& p, const Sequ
   for (int row = lane / 8; row < min(valid, kChunk); row += 4) {
     const uint4 piece = load_shared_uint4(panel + swizzled(row, lane % 8));
     __nv_bfloat16* destination = out + (token + row) * p.out.token_stride + lane % 8 * 8;
-    if (p.out_aligned) {
-      store_out<true>(destination, piece);
-    } else {
-      store_out<false>(destination, piece);
-    }
+    store_out(destination, piece, p.out_aligned);
   }
 }
 

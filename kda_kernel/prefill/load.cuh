@@ -16,6 +16,14 @@ __device__ __forceinline__ const Elem* row_pointer(const TokenTensor& x, const S
          head * x.head_stride;
 }
 
+// The same place and column `x`, for tensor copies.
+__device__ __forceinline__ TensorPlace tensor_place(const Sequence& sequence, int64_t head, int x, int token) {
+  return {.x = x,
+          .head = static_cast<int>(head),
+          .token = static_cast<int>(sequence.begin) + token,
+          .batch = static_cast<int>(sequence.batch)};
+}
+
 // beta's rows at the sequence and head, as they lie in shared memory: too many registers to keep.
 struct Source {
   const char* rows;  // of the first token
@@ -74,10 +82,7 @@ struct ChunkLoader {
     const TokenTensor& x = t == kTensorV ? p.v : t == 1 ? p.q : t == 2 ? p.k : p.g;
     const int width = t == kTensorG ? sizeof(typename S::GElem) : sizeof(__nv_bfloat16);
     const int64_t x_head = t == 1 || t == 2 ? head / p.heads_per_qk : head;
-    at = {.x = S::kCluster && t == kTensorV ? rank * kHeadDim / S::kParts : 0,
-          .head = static_cast<int>(x_head),
-          .token = static_cast<int>(sequence.begin),
-          .batch = static_cast<int>(sequence.batch)};
+    at = tensor_place(sequence, x_head, S::kCluster && t == kTensorV ? rank * kHeadDim / S::kParts : 0, 0);
     stride = x.token_stride * width;
     rows = static_cast<const char*>(x.data) +
            (sequence.batch * x.batch_stride + sequence.begin * x.token_stride + x_head * x.head_stride + at.x) * width +

@@ -167,10 +167,9 @@ struct Values {
   }
 };
 
-// 16 bytes of a row of out, which may start anywhere.
-template <bool kAligned>
-__device__ __forceinline__ void store_out(void* to, uint4 piece) {
-  if constexpr (kAligned) {
+// 16 bytes of a row of out, which may start anywhere unless all are `aligned`.
+__device__ __forceinline__ void store_out(void* to, uint4 piece, bool aligned) {
+  if (aligned) {
     *static_cast<uint4*>(to) = piece;
   } else {
     const uint32_t pairs[4] = {piece.x, piece.y, piece.z, piece.w};
@@ -206,11 +205,7 @@ struct OutputPieces {
       const int token = tile * kTile + lane / 2;
       if (token >= valid) return;
       __nv_bfloat16* destination = rows + token * p.out.token_stride + 8 * (lane % 2);
-      if (p.out_aligned) {
-        store_out<true>(destination, piece[tile]);
-      } else {
-        store_out<false>(destination, piece[tile]);
-      }
+      store_out(destination, piece[tile], p.out_aligned);
     }
   }
 };
@@ -233,14 +228,7 @@ struct OutputStage {
     __syncwarp();
     const int valid = sequence.length - token;
     if (p.stores && valid >= kChunk) {
-      if (lane == 0) {
-        copy_to_tensor(p.output,
-                       {.x = first_row,
-                        .head = head,
-                        .token = static_cast<int>(sequence.begin) + token,
-                        .batch = static_cast<int>(sequence.batch)},
-                       stage);
-      }
+      if (lane == 0) copy_to_tensor(p.output, tensor_place(sequence, head, first_row, token), stage);
     } else {
       auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
       OutputPieces(lane, place).store(p, out + token * p.out.token_stride, valid, lane);

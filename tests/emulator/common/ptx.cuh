@@ -144,7 +144,6 @@ inline void cp_async_16(uint32_t address, const void* source, bool valid) {
     }
   });
 }
-inline void prefetch_l2(const void*) {}
 template <int kBytes>
 void cp_async(void* target, const void* source) {
   void* place = emulator::shared(smem_address(target), kBytes);
