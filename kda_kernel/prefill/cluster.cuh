@@ -46,13 +46,7 @@ __device__ void chain_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     const Values<S> values(slot, slot + S::kV, warp, lane);
     place.advance(shared.ring, shared.num_ctas);
     ring = place.position(shared.ring);
-    engine.template wait_but<1>(u);
-    values.residual(u);
-    pack_tokens(operand, u);
-    engine.multiply_pairs(u, operand, slot + S::kTInv);
-    engine.template wait_but<0>(u, o);
-    pack_tokens(operand, u);
-    engine.multiply_pairs(o, operand, slot + S::kAqk);
+    solve_values(engine, values, u, o, operand, slot);
     engine.template update_state<S>(s, operand, slot);
     engine.template wait_but<0>(o, s);
     pack_tokens(operand, o);

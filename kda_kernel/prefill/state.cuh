@@ -167,6 +167,19 @@ struct Values {
   }
 };
 
+// From P^T and R^T, which are under way, in u and o, to U^T in bf16 and O^T, which is under way then.
+template <class S, class Engine>
+__device__ __forceinline__ void solve_values(const Engine& engine, const Values<S>& values, TokenFragment& u,
+                                             TokenFragment& o, TokenOperand& operand, uint32_t slot) {
+  engine.template wait_but<1>(u);
+  values.residual(u);
+  pack_tokens(operand, u);
+  engine.multiply_pairs(u, operand, slot + S::kTInv);
+  engine.template wait_but<0>(u, o);
+  pack_tokens(operand, u);
+  engine.multiply_pairs(o, operand, slot + S::kAqk);
+}
+
 // 16 bytes of a row of out, which may start anywhere unless all are `aligned`.
 __device__ __forceinline__ void store_out(void* to, uint4 piece, bool aligned) {
   if (aligned) {
@@ -300,13 +313,7 @@ __device__ void state_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     engine.read_state(o, a, slot + S::kQ);
     last = ring;
     ring.advance(1, shared.ring.own_slots);
-    engine.template wait_but<1>(u);
-    values.residual(u);
-    pack_tokens(operand, u);
-    engine.multiply_pairs(u, operand, slot + S::kTInv);
-    engine.template wait_but<0>(u, o);
-    pack_tokens(operand, u);
-    engine.multiply_pairs(o, operand, slot + S::kAqk);
+    solve_values(engine, values, u, o, operand, slot);
     decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
     engine.template update_state<S>(s, operand, slot);
     engine.template wait_but<0>(o, s);
