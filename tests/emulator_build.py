@@ -39,9 +39,12 @@ class Emulated:
     reference_decode: object
     library: ctypes.CDLL
 
-    def use(self, cluster_ctas: int = 1, shared_bytes: int = SHARED["9.0"], seed: int = 0) -> None:
-        """The device of later calls, by the most CTAs of a cluster and a CTA's shared memory; its warps' order."""
-        self.library.emulator_configure(cluster_ctas, shared_bytes, ctypes.c_uint64(seed))
+    def use(
+        self, cluster_ctas: int = 1, shared_bytes: int = SHARED["9.0"], seed: int = 0, sms: int = 132
+    ) -> None:
+        """The device of later calls, by the most CTAs of a cluster, a CTA's shared memory and how many SMs it says
+        it has; its warps' order."""
+        self.library.emulator_configure(cluster_ctas, shared_bytes, ctypes.c_uint64(seed), sms)
 
 
 class InSeveralOrders:

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
-SIZES = (1, 2, 3, 4)  # of clusters
+SIZES = (1, 2, 3, 4, 5, 8)  # of clusters
 SEEDS = range(3)
-# Sequences of one token, none, a chunk and a token, and of more chunks than any cluster has slots.
-LENGTHS = (1, 0, 33, 720)
+# Sequences of one token, none, a chunk and a token, and of more chunks than any cluster's CTAs have slots of their own.
+LENGTHS = (1, 0, 33, 800)
 
 
 def inputs_of(gate: str, lengths=LENGTHS, **options) -> dict:
@@ -152,6 +152,105 @@ def test_bad_bounds_poison_the_results(emulated, ctas):
     emulated.use(ctas)
     out, final_state = run_op(emulated, inputs)
     assert out.isnan().all() and final_state.isnan().all()
+
+
+# More sequences than are put in order by length, and fewer: of no tokens, of some, of whole chunks.
+SHORT = {
+    "40": [37 * n % 71 if n % 4 else 0 for n in range(40)],
+    "14": [0, 64, 1, 33, 0, 0, 96, 5, 5, 128, 40, 64, 31, 0],
+}
+ORDERS = SEEDS[:2]
+
+
+def check_sharing(
+    emulated: Emulated, inputs: dict, num_sequences: int, state_dtype=None, portable: bool = False, **device
+) -> None:
+    """Accurate, and whatever a CTA does before and after, a sequence gets the bits that a CTA of its own gives."""
+    emulated.use(**device)
+    alone = run_op(emulated, inputs, state_dtype, portable)
+    assert emulated.library.emulator_ctas() == 2 * num_sequences
+    expected = emulated.reference.chunk_kda(**to_float64(inputs))
+    assert max(rel_rms(want, got) for want, got in zip(expected, alone)) <= TOLERANCE
+    for seed in ORDERS:
+        emulated.use(sms=1, seed=seed, **device)
+        found = run_op(emulated, inputs, state_dtype, portable)
+        assert emulated.library.emulator_ctas() < 2 * num_sequences
+        assert all(torch.equal(x, y) for x, y in zip(alone, found))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("lengths", SHORT)
+def test_short_sequences_share_a_cta(emulated, lengths, options):
+    gate, chosen = OPTIONS[options]
+    inputs = inputs_of(gate, SHORT[lengths], **chosen)
+    check_sharing(emulated, inputs, len(SHORT[lengths]), chosen.get("state_dtype"))
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("options", ["lower-strong, bf16 g", "softplus-resets, fp32 g"])
+def test_short_sequences_share_a_portable_cta(emulated, options, capability):
+    gate, chosen = OPTIONS[options]
+    inputs = inputs_of(gate, SHORT["14"], **chosen)
+    check_sharing(emulated, inputs, len(SHORT["14"]), portable=True, shared_bytes=SHARED[capability])
+
+
+@pytest.mark.parametrize("batch, length", [(20, 33), (9, 64), (3, 1)])
+def test_short_sequences_of_a_padded_batch_share_a_cta(emulated, batch, length):
+    inputs = make_inputs("lower-weak", B=batch, T=length, H=1, HV=2, initial_state=True)
+    check_sharing(emulated, inputs, batch)
+
+
+@pytest.mark.parametrize("misaligned_names", [("q", "k", "v", "g"), ()], ids=["misaligned", "aligned"])
+def test_intermediate_states_of_sequences_that_share_a_cta(emulated, misaligned_names):
+    lengths = SHORT["14"]
+    inputs = inputs_of("softplus-init", lengths)
+    inputs.update((name, misaligned(inputs[name])) for name in misaligned_names)
+    states = torch.full((1, sum(-(-n // 64) for n in lengths), 2, 128, 128), float("nan"), dtype=BF16)
+    emulated.use(sms=1)
+    emulated.ops.kda_prefill(*op_arguments(inputs, guarded_out(inputs)[1], None), states)
+    assert emulated.library.emulator_ctas() < 2 * len(lengths)
+    assert rel_rms(prefix_states(emulated.reference, inputs), states) <= TOLERANCE
+
+
+def test_nan_stays_in_its_sequence_among_those_that_share_a_cta(emulated):
+    clean, dirty = (inputs_of("softplus-init", [40, 33, 70] * 4) for _ in range(2))
+    for name in ("q", "k", "v", "g", "beta"):
+        dirty[name][:, 40:73] = float("nan")
+    emulated.use(sms=1)
+    expected, found = run_op(emulated, clean), run_op(emulated, dirty)
+    assert emulated.library.emulator_ctas() < 2 * 12
+    assert torch.equal(expected[0][:, :40], found[0][:, :40]) and torch.equal(
+        expected[0][:, 73:], found[0][:, 73:]
+    )
+    assert torch.equal(expected[1][0], found[1][0]) and torch.equal(expected[1][2:], found[1][2:])
+    assert found[0][:, 40:73].isnan().all()
+
+
+@pytest.mark.parametrize("ends", [[50] * 12, range(60, 0, -5)], ids=["too few tokens", "falling"])
+def test_bad_bounds_of_sequences_that_share_a_cta(emulated, ends):
+    inputs = inputs_of("lower-weak", [5] * 12)
+    inputs["cu_seqlens"][1:] = torch.tensor(list(ends))
+    emulated.use(sms=1)
+    out, final_state = run_op(emulated, inputs)
+    assert emulated.library.emulator_ctas() < 2 * 12
+    assert out.isnan().all() and final_state.isnan().all()
+
+
+# Sequences by their lengths, SMs, and how many CTAs each of two heads gets.
+GROUPS = [
+    ([40] * 16, 132, 16),  # an SM for each
+    ([40] * 16, 2, 1),
+    ([40] * 17, 2, 2),  # more than a CTA takes
+    ([520] * 4, 1, 4),  # two may be long and short ones
+    ([2080] + [0] * 3, 1, 4),
+]
+
+
+@pytest.mark.parametrize("lengths, sms, groups", GROUPS)
+def test_number_of_ctas_of_packed_sequences(emulated, lengths, sms, groups):
+    emulated.use(sms=sms)
+    run_op(emulated, inputs_of("lower-weak", lengths))
+    assert emulated.library.emulator_ctas() == 2 * groups
 
 
 def test_number_of_gates():

@@ -44,30 +44,41 @@ __device__ __forceinline__ int64_t intermediate_states_before(const SequenceBoun
   return sum;
 }
 
-// The sequence that is `rank`-th from the longest, of up to 32; of more, that of this index: then none is a large part of
-// the work. Whatever the bounds say, every sequence has one rank.
-__device__ __forceinline__ int64_t by_length(const SequenceBounds& bounds, int64_t num_sequences, int64_t rank) {
-  if (bounds.data == nullptr || num_sequences > 32) return rank;
-  const int lane = threadIdx.x % 32, count = static_cast<int>(num_sequences);
-  const int64_t length = lane < count ? sequence_bound(bounds, lane + 1) - sequence_bound(bounds, lane) : -1;
-  int longer = 0;
-  for (int other = 0; other < count; ++other) {
-    const int64_t others = __shfl_sync(~0u, length, other);
-    longer += others > length || (others == length && other < lane);
+// Calls f(number, index), on some lane of the calling warp, for each sequence whose place, from the longest on, is
+// first + number * step. Of more than 32 sequences a place is the index itself: then none is a large part of the work.
+// Whatever the bounds say, every sequence has one place.
+template <class F>
+__device__ __forceinline__ void for_each_by_length(const SequenceBounds& bounds, int num_sequences, int first, int step,
+                                                   F f) {
+  const int lane = threadIdx.x % 32;
+  if (bounds.data == nullptr || num_sequences > 32) {
+    for (int number = lane; first + number * step < num_sequences; number += 32) f(number, first + number * step);
+    return;
   }
-  return __ffs(__ballot_sync(~0u, lane < count && longer == rank)) - 1;
+  const int64_t length = lane < num_sequences ? sequence_bound(bounds, lane + 1) - sequence_bound(bounds, lane) : -1;
+  int place = 0;
+  for (int other = 0; other < num_sequences; ++other) {
+    const int64_t others = __shfl_sync(~0u, length, other);
+    place += others > length || (others == length && other < lane);
+  }
+  if (lane < num_sequences && place % step == first) f(place / step, lane);
 }
 
-__device__ __forceinline__ Sequence find_sequence(const SequenceBounds& bounds, int64_t index, int64_t num_tokens) {
+__device__ __forceinline__ Sequence sequence_at(const SequenceBounds& bounds, int64_t index, int64_t num_tokens) {
   int64_t begin = 0, length = num_tokens;
   if (bounds.data != nullptr) {
     begin = sequence_bound(bounds, index);
     length = sequence_bound(bounds, index + 1) - begin;
   }
-  // Taken from one lane, the length is uniform to the compiler, and so are the loops over chunks that hold wgmma.
-  return {.batch = bounds.data == nullptr ? index : 0,
-          .begin = begin,
-          .length = __shfl_sync(~0u, static_cast<int32_t>(length), 0)};
+  return {.batch = bounds.data == nullptr ? index : 0, .begin = begin, .length = static_cast<int32_t>(length)};
+}
+
+// The same sequence for every lane of the calling warp: its length comes from one of them, so that it is uniform to the
+// compiler.
+__device__ __forceinline__ Sequence find_sequence(const SequenceBounds& bounds, int64_t index, int64_t num_tokens) {
+  Sequence sequence = sequence_at(bounds, index, num_tokens);
+  sequence.length = __shfl_sync(~0u, sequence.length, 0);
+  return sequence;
 }
 
 }  // namespace kda

@@ -15,20 +15,21 @@
 namespace kda::prefill {
 
 template <class Engine, class S>
-__device__ void chain_role(const KernelParams<S>& p, const SharedMap<S>& shared, const Sequence& sequence, int64_t index,
-                           int head, int rank, int warp) {
+__device__ void chain_role(const KernelParams<S>& p, const SharedMap<S>& shared, int head, int rank, int warp) {
   const int lane = threadIdx.x % 32;
+  const Item item = Item::load(shared, 0).uniform();
   const int first_row = (rank * S::kStateWarps + warp) * kRowsPerStateWarp;  // of the warp's in S
-  const int64_t state_offset = (index * p.num_heads + head) * kHeadDim * kHeadDim;
+  const int64_t state_offset = (static_cast<int64_t>(item.index) * p.num_heads + head) * kHeadDim * kHeadDim;
   StateFragment s = {};
   read_initial_state(s, p.initial_state, state_offset, first_row, lane);
 
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
-  IntermediateStates intermediate(p, index);
+  IntermediateStates intermediate(p, item.index);
   Engine engine(lane);
+  engine.settle(s);  // or S would be moved to other registers in each chunk
   ChunkPlace place{.rank = rank};
   RingPosition ring = place.position(shared.ring);
-  for (int token = 0; token < sequence.length; token += kChunk) {
+  for (int token = 0; token < item.length; token += kChunk) {
     const uint32_t slot = shared.slot(ring.slot), output_ready = shared.output_ready(ring.slot);
     if (intermediate.wanted(p, token)) {
       store_state(s, intermediate.place(p, head), p.intermediate_states.v_first, first_row, lane);
@@ -37,13 +38,13 @@ __device__ void chain_role(const KernelParams<S>& p, const SharedMap<S>& shared,
 
     TokenFragment u, o;  // P and R first
     TokenOperand operand;
+    const Values<S> values(slot, slot + S::kV, warp, lane);
     const auto a = engine.operand(s);
     engine.read_state(u, a, slot + S::kK);
     engine.read_state(o, a, slot + S::kQ);
     // While that is under way: all that needs neither.
     decay_state(s, slot + total_lane);
     engine.settle(s);
-    const Values<S> values(slot, slot + S::kV, warp, lane);
     place.advance(shared.ring, shared.num_ctas);
     ring = place.position(shared.ring);
     solve_values(engine, values, u, o, operand, slot);
@@ -79,8 +80,10 @@ template <class S>
 __device__ __forceinline__ void send_output(const KernelParams<S>& p, const Sequence& sequence, int head, int rank,
                                             uint32_t panel, int token, int lane) {
   const int valid = sequence.length - token, first_column = rank * kHeadDim / S::kParts;
+  // Here and not by those who stored: in their chain it would cost a hundred clocks. It orders their stores before the copy of
+  // o, or else before that of the next v to the same place.
+  fence_proxy_async();
   if (p.stores && valid >= kChunk) {
-    fence_proxy_async();  // here and not by those who stored: in their chain it would cost a hundred clocks
     if (lane == 0) {
       copy_to_tensor(p.output, tensor_place(sequence, head, first_column, token), panel);
       bulk_wait_read();
@@ -98,10 +101,12 @@ __device__ __forceinline__ void send_output(const KernelParams<S>& p, const Sequ
 // The load warp that has v, where there are rows of S: it brings v to all slots, tells which are free, and takes o, which the
 // state warps leave in v's place, out of there.
 template <class S>
-__device__ void value_role(const KernelParams<S>& p, const SharedMap<S>& shared, const Sequence& sequence, int head,
-                           int rank) {
+__device__ void value_role(const KernelParams<S>& p, const SharedMap<S>& shared, int head, int rank) {
   const int lane = threadIdx.x % 32;
-  const ChunkLoader<S> values(p, sequence, head, rank, ChunkLoader<S>::kTensorV, lane);
+  const Item item = Item::load(shared, 0);
+  const Sequence sequence = item.sequence();
+  ChunkLoader<S> values(p, head, rank, ChunkLoader<S>::kTensorV);
+  values.go_to(item, 0);
   Arrivals arrivals(shared.ring, shared.num_ctas, rank);
   const auto load = [&](int chunk, int slot, bool guest) {
     const int valid = sequence.length - chunk * kChunk;
@@ -110,7 +115,7 @@ __device__ void value_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     if (guest && lane == 0) barrier_arrive_expecting(ready, S::kFactorBytes);
     ChunkLoader<S> loader = values;
     loader.skip(chunk);
-    loader.load(p, shared.slot(slot), ready, 0, valid, ChunkLoader<S>::kTensorV, lane);
+    loader.load(p, shared.slot(slot) + S::kV, ready, 0, valid, ChunkLoader<S>::kTensorV, lane);
     const int ahead = shared.ring.num_slots() * kChunk;
     loader.prefetch(p, ahead, valid - ahead, ChunkLoader<S>::kTensorV, lane);
   };

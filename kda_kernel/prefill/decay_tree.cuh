@@ -41,8 +41,10 @@ struct TileFactors {
   __device__ __forceinline__ uint32_t akk() const { return scratch + tile * (S::kTeamWarps / kTiles) * kTileRows; }
   __device__ __forceinline__ uint32_t inverse() const { return S::kWholeTiles ? akk() : akk() + half * kTileRows; }
   // Room for sixteen bytes of a lane, `piece` 0 to 2: where T_inv and Aqk of the tile will be, and below them T_inv of both
-  // tiles for the first, Aqk for the second.
+  // tiles for the first, Aqk for the second. If these will be in the gate's place: where the tile's gate was, of the second
+  // half, which is done with.
   __device__ __forceinline__ uint32_t parking(int piece, int lane) const {
+    if constexpr (S::kPairsInGate) return slot + S::kTInv + tile * kTileRows + piece * 512 + lane * 16;
     const uint32_t below = slot + S::kTInv + kPairTile + tile * (S::kAqk - S::kTInv);
     return (piece == 0 ? t_inv() : piece == 1 ? aqk() : below) + pair_block_rows(lane);
   }

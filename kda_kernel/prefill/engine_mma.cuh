@@ -23,6 +23,8 @@ struct MmaEngine {
   };
   static __device__ __forceinline__ StateOperand operand(const StateFragment& s) { return {s}; }
 
+  static __device__ __forceinline__ void settle(StateFragment&) {}
+
   // X^T = S M^T for a panel M.
   __device__ __forceinline__ void read_state(TokenFragment& x, const StateOperand& state, uint32_t panel) const {
 #pragma unroll

@@ -71,23 +71,23 @@ struct Team {
 // kAsyncProxy: the state warps read the factors through the async proxy (wgmma), which ordinary stores reach only
 // past a fence of each writing lane.
 template <GateKind kGate, bool kAsyncProxy, class S>
-__device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, int length, int rank, int warp) {
+__device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, int rank, int warp) {
   const int warp_lane = opaque(threadIdx.x % 32);
   const Team<S> team{.index = warp / S::kTeamWarps};
   if (team.index >= shared.ring.num_teams) return;
   const int num_ctas = shared.num_ctas;
   RingPosition ring;
   ring.advance(team.index, shared.ring.own_slots);
-  const int num_chunks = (length + kChunk - 1) / kChunk;
-  for (int round = team.index; round * num_ctas + rank < num_chunks; round += shared.ring.num_teams) {
+  ChunkWalk<S> walk(shared, team.index * num_ctas + rank);
+  for (int round = team.index; __all_sync(~0u, walk.reach(shared));  // the same in all lanes, for the compiler, too
+       round += shared.ring.num_teams, walk.skip(shared.ring.num_teams * num_ctas)) {
     const int lane = opaque(warp_lane);
     TileFactors<S> to{.slot = shared.slot(ring.slot),
                       .scratch = shared.scratch(team.index),
                       .tile = S::kWholeTiles ? warp % kTiles : warp % S::kTeamWarps / kHalves,
                       .half = S::kWholeTiles ? 1 : warp % kHalves};
-    const int token = (round * num_ctas + rank) * kChunk + to.tile * kTile, valid = max(0, min(length - token, kTile));
-    const uint32_t beta_bits =
-        lane < valid ? load_beta_bits(p, Source::load(shared.beta()), token + lane) : 0;
+    const int token = walk.token + to.tile * kTile, valid = max(0, min(walk.length - token, kTile));
+    const uint32_t beta_bits = lane < valid ? load_beta_bits(p, Source::load(shared, walk.number), token + lane) : 0;
     // In this order: before the slot's last chunk has been consumed, RawReady may be two phases behind, which a wait by parity
     // does not see.
     await_reuse(shared, ring);

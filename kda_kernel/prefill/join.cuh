@@ -118,6 +118,14 @@ template <class S, class Team>
 __device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, float beta, int lane, const Team& team) {
   CrossSums cross = {};
   if constexpr (S::kWholeTiles) {
+    add_parked(sums, to, lane);
+    if constexpr (S::kPairsInGate) {
+      team.meet();  // of both tiles: T_inv takes their place
+      const uint32_t upper = to.slot + (to.tile == 0 ? S::kTInv : S::kAqk) + kPairBlock;
+      store_shared_uint4(upper + lane / kTile * kPairUnit + lane % kTile * 16, make_uint4(0, 0, 0, 0));
+    } else {
+      __syncwarp();  // every lane has its sums: Aqk takes their place
+    }
     finish_tile(sums, to, beta, lane);
     if (to.tile == 1) multiply_cross(cross, to, lane);
     team.meet();  // the products between the tiles are made, and T_inv of both
@@ -129,6 +137,8 @@ __device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, f
     if (to.tile == 0) join_totals(to, lane);
   } else {
     if (to.half == 0) {
+      add_parked(sums, to, lane);
+      __syncwarp();  // the same
       finish_tile(sums, to, beta, lane);
     } else if (to.tile == 1) {
       multiply_cross(cross, to, lane);

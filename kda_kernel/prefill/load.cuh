@@ -24,21 +24,29 @@ __device__ __forceinline__ TensorPlace tensor_place(const Sequence& sequence, in
           .batch = static_cast<int>(sequence.batch)};
 }
 
-// beta's rows at the sequence and head, as they lie in shared memory: too many registers to keep.
+// beta's rows at a sequence and head, as they lie in shared memory beside the sequence's Item.
 struct Source {
   const char* rows;  // of the first token
   int64_t stride;    // of a token, in bytes
 
-  template <class Elem>
-  static __device__ __forceinline__ void store(uint32_t place, const TokenTensor& x, const Sequence& sequence,
-                                               int64_t head) {
-    const auto rows = reinterpret_cast<uint64_t>(row_pointer<Elem>(x, sequence, head));
-    const uint64_t stride = x.token_stride * sizeof(Elem);
-    store_shared_uint4(place, make_uint4(rows, rows >> 32, stride, stride >> 32));
+  template <class S>
+  static __device__ __forceinline__ uint32_t place(const SharedMap<S>& shared, int number) {
+    return shared.item(number) + sizeof(Item);
   }
 
-  static __device__ __forceinline__ Source load(uint32_t place) {
-    const uint4 x = load_shared_uint4(place);
+  template <class S>
+  static __device__ __forceinline__ void store(const PrefillParams& p, const SharedMap<S>& shared, int number,
+                                               const Sequence& sequence, int head) {
+    const bool wide = p.beta_dtype == FloatKind::kFloat32;
+    const auto rows = wide ? reinterpret_cast<uint64_t>(row_pointer<float>(p.beta, sequence, head))
+                           : reinterpret_cast<uint64_t>(row_pointer<__nv_bfloat16>(p.beta, sequence, head));
+    const uint64_t stride = p.beta.token_stride * (wide ? sizeof(float) : sizeof(__nv_bfloat16));
+    store_shared_uint4(place(shared, number), make_uint4(rows, rows >> 32, stride, stride >> 32));
+  }
+
+  template <class S>
+  static __device__ __forceinline__ Source load(const SharedMap<S>& shared, int number) {
+    const uint4 x = load_shared_uint4(place(shared, number));
     return {.rows = reinterpret_cast<const char*>(static_cast<uint64_t>(x.y) << 32 | x.x),
             .stride = static_cast<int64_t>(static_cast<uint64_t>(x.w) << 32 | x.z)};
   }
@@ -67,38 +75,41 @@ struct ChunkLoader {
   static constexpr int kStep = 4;                             // at a time
   static_assert(S::kV == 0 && S::kK == S::kQ + kPanelBytes && S::kG == S::kK + kPanelBytes, "the order of the slot");
 
-  const char* rows;  // the lane's first piece of the sequence's first token
-  int64_t stride;    // of a token, in bytes
-  TensorPlace at;    // by TMA: the tensor's at the sequence's first token
-  int token = 0;     // the next chunk's first
+  TensorPlace at;  // the tensor's head and first column, the next chunk's first token
 
   static __device__ __forceinline__ int tensor(int warp) { return warp % 4; }
   static __device__ __forceinline__ int first_row(int warp, int lane) { return warp / 4 * kRows + lane / 8; }
 
   // `rank` is the CTA's in its cluster.
-  __device__ __forceinline__ ChunkLoader(const PrefillParams& p, const Sequence& sequence, int head, int rank, int warp,
-                                         int lane) {
-    const int t = tensor(warp);
-    const TokenTensor& x = t == kTensorV ? p.v : t == 1 ? p.q : t == 2 ? p.k : p.g;
-    const int width = t == kTensorG ? sizeof(typename S::GElem) : sizeof(__nv_bfloat16);
-    const int64_t x_head = t == 1 || t == 2 ? head / p.heads_per_qk : head;
-    at = tensor_place(sequence, x_head, S::kCluster && t == kTensorV ? rank * kHeadDim / S::kParts : 0, 0);
-    stride = x.token_stride * width;
-    rows = static_cast<const char*>(x.data) +
-           (sequence.batch * x.batch_stride + sequence.begin * x.token_stride + x_head * x.head_stride + at.x) * width +
-           first_row(warp, lane) * stride + lane % 8 * 16;
-  }
+  __device__ __forceinline__ ChunkLoader(const PrefillParams& p, int head, int rank, int warp)
+      : at{.x = S::kCluster && tensor(warp) == kTensorV ? rank * kHeadDim / S::kParts : 0,
+           .head = tensor(warp) == 1 || tensor(warp) == 2 ? head / p.heads_per_qk : head,
+           .token = 0,
+           .batch = 0} {}
 
-  __device__ __forceinline__ void skip(int chunks) { token += chunks * kChunk; }
+  __device__ __forceinline__ void go_to(const Item& item, int token) {
+    at.batch = item.batch;
+    at.token = item.begin + token;
+  }
+  __device__ __forceinline__ void skip(int chunks) { at.token += chunks * kChunk; }
+
+  // The lane's first piece of the next chunk.
+  __device__ __forceinline__ const char* first_piece(const TokenTensor& x, int width, int warp, int lane) const {
+    return static_cast<const char*>(x.data) + lane % 8 * 16 +
+           (at.batch * x.batch_stride + (static_cast<int64_t>(at.token) + first_row(warp, lane)) * x.token_stride +
+            at.head * x.head_stride + at.x) *
+               width;
+  }
 
   // Tokens from `valid` on become zeros and are never read. `copy` takes a piece's place, its source and whether there is
   // one.
   template <int kRowsPerToken, class Copy>
-  __device__ __forceinline__ void for_each_piece(uint32_t panel, int valid, int warp, int lane, Copy copy) const {
+  __device__ __forceinline__ void for_each_piece(const char* source, int64_t stride, uint32_t panel, int valid, int warp,
+                                                 int lane, Copy copy) const {
     const int row = first_row(warp, lane);
     const uint32_t to = panel + swizzled(row, lane % 8);
-    const char* source = rows + token * stride;
-#pragma unroll
+    constexpr int kUnrolled = S::kTensors ? 1 : kRows / kStep;  // little code where it is seldom needed
+#pragma unroll kUnrolled
     for (int i = 0; i < kRows / kStep; ++i) {
       const bool inside = row + i * kStep < valid;
       const uint32_t place = (to ^ i % 2 * 64) + i * kStep * kRowBytes;  // four tokens on, the unit's third bit is flipped
@@ -109,26 +120,31 @@ struct ChunkLoader {
   }
 
   template <class Elem, int kColumns>
-  __device__ __forceinline__ void copy_rows(uint32_t panel, int valid, bool aligned, int warp, int lane) const {
+  __device__ __forceinline__ void copy_rows(const TokenTensor& x, uint32_t panel, int valid, bool aligned, int warp,
+                                            int lane) const {
     constexpr int kRowsPerToken = kColumns * sizeof(Elem) / kRowBytes;
+    const char* source = first_piece(x, sizeof(Elem), warp, lane);
+    const int64_t stride = x.token_stride * sizeof(Elem);
     if (aligned) {
-      for_each_piece<kRowsPerToken>(panel, valid, warp, lane, cp_async_16);
+      for_each_piece<kRowsPerToken>(source, stride, panel, valid, warp, lane, cp_async_16);
     } else {
-      for_each_piece<kRowsPerToken>(panel, valid, warp, lane, copy_unaligned<Elem>);
+      for_each_piece<kRowsPerToken>(source, stride, panel, valid, warp, lane, copy_unaligned<Elem>);
     }
   }
 
   // What the warp has of the chunk. One copy of the loop where all panels are alike: three cost a single CTA 5 to 15
   // percent, in instruction cache misses.
-  __device__ __forceinline__ void copy_chunk(uint32_t panel, int valid, bool aligned, int warp, int lane) const {
+  __device__ __forceinline__ void copy_chunk(const PrefillParams& p, uint32_t panel, int valid, int warp, int lane) const {
     using GElem = typename S::GElem;
+    const bool aligned = p.inputs_aligned;
     const int t = tensor(warp);
+    const TokenTensor& x = t == kTensorV ? p.v : t == 1 ? p.q : t == 2 ? p.k : p.g;
     if (S::kCluster && t == kTensorV) {
-      copy_rows<__nv_bfloat16, kHeadDim / S::kParts>(panel, valid, aligned, warp, lane);
+      copy_rows<__nv_bfloat16, kHeadDim / S::kParts>(x, panel, valid, aligned, warp, lane);
     } else if (sizeof(GElem) != sizeof(__nv_bfloat16) && t == kTensorG) {
-      copy_rows<GElem, kHeadDim>(panel, valid, aligned, warp, lane);
+      copy_rows<GElem, kHeadDim>(x, panel, valid, aligned, warp, lane);
     } else {
-      copy_rows<__nv_bfloat16, kHeadDim>(panel, valid, aligned, warp, lane);
+      copy_rows<__nv_bfloat16, kHeadDim>(x, panel, valid, aligned, warp, lane);
     }
   }
 
@@ -141,7 +157,7 @@ struct ChunkLoader {
     return tensor(warp) == kTensorG ? kRowBytes / sizeof(typename S::GElem) : kHalfChannels;
   }
   __device__ __forceinline__ TensorPlace box(int index, int ahead, int warp) const {
-    return {.x = at.x + index * box_columns(warp), .head = at.head, .token = at.token + token + ahead, .batch = at.batch};
+    return {.x = at.x + index * box_columns(warp), .head = at.head, .token = at.token + ahead, .batch = at.batch};
   }
 
   // Has the chunk that is so many tokens ahead of the next brought to the L2 cache: its slot is not free yet. `valid` tokens
@@ -153,12 +169,13 @@ struct ChunkLoader {
     for (int i = 0; i < count; ++i) prefetch_tensor(p.inputs[tensor(warp)], box(i, ahead, warp));
   }
 
-  // Starts the chunk's way into a slot, which is free, and goes on by `chunks`. `valid` tokens are left, at least one; the
+  // Where in a slot the warp's tensor lies, of q, k and g.
+  static __device__ __forceinline__ uint32_t panel(int warp) { return S::kQ + (tensor(warp) - 1) * kPanelBytes; }
+
+  // Starts the chunk's way to `panel`, which is free, and goes on by `chunks`. `valid` tokens are left, at least one; the
   // warp has arrived at `ready`, a lane each, when its part is there.
-  __device__ __forceinline__ void load(const KernelParams<S>& p, uint32_t slot, uint32_t ready, int chunks, int valid,
+  __device__ __forceinline__ void load(const KernelParams<S>& p, uint32_t panel, uint32_t ready, int chunks, int valid,
                                        int warp, int lane) {
-    const int t = tensor(warp);
-    const uint32_t panel = slot + (t == kTensorV ? 0 : S::kVBytes + (t - 1) * kPanelBytes);
     if constexpr (S::kTensors) {
       if (p.loads && valid >= kChunk) {
         if (lane == 0) {
@@ -166,7 +183,7 @@ struct ChunkLoader {
           barrier_expect(ready, count * kHalfBytes);
 #pragma unroll 1
           for (int i = first; i < first + count; ++i) {
-            copy_from_tensor(panel + i * kHalfBytes, p.inputs[t], box(i, 0, warp), ready);
+            copy_from_tensor(panel + i * kHalfBytes, p.inputs[tensor(warp)], box(i, 0, warp), ready);
           }
           barrier_arrive_many(ready, 32);
         }
@@ -174,7 +191,7 @@ struct ChunkLoader {
         return;
       }
     }
-    copy_chunk(panel, valid, p.inputs_aligned, warp, lane);
+    copy_chunk(p, panel, valid, warp, lane);
     if (p.inputs_aligned) {
       barrier_arrive_after_cp_async(ready);
     } else {
@@ -183,35 +200,45 @@ struct ChunkLoader {
     skip(chunks);
   }
 
-  // In a single CTA: the next chunk into the slot of that position.
-  __device__ __forceinline__ void load_next(const KernelParams<S>& p, const SharedMap<S>& shared, const RingPosition& ring,
+  // In a single CTA: how many chunks ahead of the state the warp loads.
+  static __device__ __forceinline__ int ahead(const Ring& ring, int warp) {
+    return tensor(warp) == kTensorV ? ring.value_places : ring.own_slots;
+  }
+
+  // There: until a chunk and what the warp loads to its place have been consumed.
+  static __device__ __forceinline__ void await_consumed(const SharedMap<S>& shared, const RingPosition& ring, int warp) {
+    if (!S::kTensors && tensor(warp) == kTensorV) {
+      barrier_wait(shared.values_free(ring.slot), ring.parity);
+    } else {
+      barrier_wait(shared.slot_free(ring.slot), ring.parity);
+    }
+  }
+
+  // There: its next chunk, into the slot of that position or v's place.
+  __device__ __forceinline__ void load_next(const KernelParams<S>& p, const SharedMap<S>& shared, int slot, int value_place,
                                             int valid, int warp, int lane) {
     const bool is_v = tensor(warp) == kTensorV;
-    if (is_v && !S::kTensors) {
-      barrier_wait(shared.values_free(ring.slot), ring.parity ^ 1);
-    } else {
-      await_reuse(shared, ring);
-    }
-    load(p, shared.slot(ring.slot), is_v ? shared.factors_ready(ring.slot) : shared.raw_ready(ring.slot), 1, valid, warp,
-         lane);
+    const uint32_t place = is_v ? shared.values(value_place) : shared.slot(slot) + panel(warp);
+    load(p, place, is_v ? shared.factors_ready(slot) : shared.raw_ready(slot), 1, valid, warp, lane);
   }
 };
 
 // The load warps of a cluster's CTA that have q, k and g of its own chunks. What comes a ring later is brought to the L2 cache
 // meanwhile.
 template <class S>
-__device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, const Sequence& sequence, int head, int rank,
-                          int warp) {
+__device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, int head, int rank, int warp) {
   const int lane = threadIdx.x % 32, ctas = shared.num_ctas;
-  ChunkLoader<S> loader(p, sequence, head, rank, warp, lane);
+  const Item item = Item::load(shared, 0);
+  ChunkLoader<S> loader(p, head, rank, warp);
+  loader.go_to(item, rank * kChunk);
   RingPosition ring;
-  loader.skip(rank);
   const int step = ctas * kChunk, ahead = shared.ring.own_slots * step;
 #pragma unroll 1
-  for (int token = rank * kChunk; token < sequence.length; token += step) {
+  for (int token = rank * kChunk; token < item.length; token += step) {
     await_reuse(shared, ring);
-    loader.load(p, shared.slot(ring.slot), shared.raw_ready(ring.slot), ctas, sequence.length - token, warp, lane);
-    loader.prefetch(p, ahead - step, sequence.length - token - ahead, warp, lane);
+    const int valid = item.length - token;
+    loader.load(p, shared.slot(ring.slot) + loader.panel(warp), shared.raw_ready(ring.slot), ctas, valid, warp, lane);
+    loader.prefetch(p, ahead - step, valid - ahead, warp, lane);
     ring.advance(1, shared.ring.own_slots);
   }
 }

@@ -2,9 +2,64 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "common/sequences.cuh"
 #include "prefill/traits.cuh"
 
 namespace kda::prefill {
+
+// One of the sequences that a CTA has, as it stands in shared memory: roles read it there again rather than keep it.
+struct Item {
+  int32_t batch;   // index into the batch dimension
+  int32_t begin;   // its first token
+  int32_t length;  // in tokens
+  int32_t index;   // of the sequence; -1: there is none any more
+
+  template <class S>
+  static __device__ __forceinline__ Item load(const SharedMap<S>& shared, int number) {
+    const uint4 x = load_shared_uint4(shared.item(number));
+    return {.batch = static_cast<int32_t>(x.x),
+            .begin = static_cast<int32_t>(x.y),
+            .length = static_cast<int32_t>(x.z),
+            .index = static_cast<int32_t>(x.w)};
+  }
+  template <class S>
+  __device__ __forceinline__ void store(const SharedMap<S>& shared, int number) const {
+    store_shared_uint4(shared.item(number), make_uint4(batch, begin, length, index));
+  }
+  __device__ __forceinline__ bool exists() const { return index >= 0; }
+
+  // For loops that hold wgmma: these want a length that is uniform to the compiler.
+  __device__ __forceinline__ Item uniform() const {
+    return {.batch = batch, .begin = begin, .length = __shfl_sync(~0u, length, 0), .index = __shfl_sync(~0u, index, 0)};
+  }
+  // For what counts tokens and batches in 64 bits.
+  __device__ __forceinline__ Sequence sequence() const { return {.batch = batch, .begin = begin, .length = length}; }
+};
+
+// A way through the chunks of all the CTA's sequences as if they were one's.
+template <class S>
+struct ChunkWalk {
+  int token;       // the next chunk's first, counted from the start of
+  int number = 0;  // this sequence, or one further on until reach()
+  int length;      // the sequence's
+
+  __device__ __forceinline__ ChunkWalk(const SharedMap<S>& shared, int chunk)
+      : token(chunk * kChunk), length(Item::load(shared, 0).length) {}
+
+  __device__ __forceinline__ void skip(int chunks) { token += chunks * kChunk; }
+
+  // To the sequence that has the chunk; false if there are no more chunks.
+  __device__ __forceinline__ bool reach(const SharedMap<S>& shared) {
+    while (token >= length) {
+      const Item next = Item::load(shared, number + 1);
+      if (!next.exists()) return false;
+      token -= (length + kChunk - 1) / kChunk * kChunk;
+      ++number;
+      length = next.length;
+    }
+    return true;
+  }
+};
 
 // Where a role stands in a ring of slots.
 struct RingPosition {

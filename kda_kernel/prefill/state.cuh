@@ -267,75 +267,97 @@ struct IntermediateStates {
   }
 };
 
-// In a single CTA, where the state warps load, too.
+// In a single CTA, where the state warps load, too: a warp's way through the chunks, ahead of the state.
+template <class S>
+struct Filling {
+  ChunkWalk<S> walk;
+  ChunkLoader<S> loader;
+
+  // The next chunk, if there is one, into that slot or place for v, once what was there has been consumed: what `last` says,
+  // if it says anything.
+  __device__ __forceinline__ void next(const KernelParams<S>& p, const SharedMap<S>& shared, const RingPosition& last, int slot,
+                                       int value_place, int warp, int lane) {
+    if (!walk.reach(shared)) return;
+    loader.go_to(Item::load(shared, walk.number), walk.token);
+    if (last.slot >= 0) loader.await_consumed(shared, last, warp);
+    loader.load_next(p, shared, slot, value_place, walk.length - walk.token, warp, lane);
+    walk.skip(1);
+  }
+};
+
 template <class Engine, class S>
-__device__ void state_role(const KernelParams<S>& p, const SharedMap<S>& shared, const Sequence& sequence, int64_t index,
-                           int head, int warp) {
+__device__ void state_role(const KernelParams<S>& p, const SharedMap<S>& shared, int head, int warp) {
   const int lane = threadIdx.x % 32;
   const int first_row = warp * kRowsPerStateWarp;  // of the warp's in S
-  const int64_t state_offset = (index * p.num_heads + head) * kHeadDim * kHeadDim;
 
-  // All slots before the first chunk, then the one consumed last, before they wait for a chunk's factors: the team that
-  // prepares these has its next data there.
-  ChunkLoader<S> loader(p, sequence, head, 0, warp, lane);
-  const int ahead = shared.ring.own_slots * kChunk;
-  RingPosition filling;
+  // All slots and places for v before the first chunk, then those of the one consumed last, before they wait for a chunk's
+  // factors: the team that prepares these has its next data there.
+  Filling<S> filling{.walk = ChunkWalk<S>(shared, 0), .loader = ChunkLoader<S>(p, head, 0, warp)};
+  const int ahead = filling.loader.ahead(shared.ring, warp);
+  RingPosition ring, last{.slot = -1};
 #pragma unroll 1
-  for (int token = 0; token < min(ahead, sequence.length); token += kChunk, ++filling.slot) {
-    loader.load_next(p, shared, filling, sequence.length - token, warp, lane);
-  }
-
-  StateFragment s = {};
-  read_initial_state(s, p.initial_state, state_offset, first_row, lane);
+  for (int chunk = 0; chunk < ahead; ++chunk) filling.next(p, shared, last, chunk, chunk, warp, lane);
 
   const int v_half = warp / kHalfBlocks * kHalfBytes, first_unit = warp % kHalfBlocks * 2;
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
-  IntermediateStates intermediate(p, index);
   Engine engine(lane);
-  RingPosition ring, last = ring;
-  for (int token = 0; token < sequence.length; token += kChunk) {
-    const uint32_t slot = shared.slot(ring.slot);
-    if (intermediate.wanted(p, token)) {
-      store_state(s, intermediate.place(p, head), p.intermediate_states.v_first, first_row, lane);
-    }
-    const int later = token - kChunk + ahead;
-    if (token > 0 && later < sequence.length) {
-      const RingPosition freed{.slot = last.slot, .parity = last.parity ^ 1};
-      loader.load_next(p, shared, freed, sequence.length - later, warp, lane);
-    }
-    barrier_wait(shared.factors_ready(ring.slot), ring.parity);
+  int value_place = 0, last_place = 0;
+#pragma unroll 1
+  for (int number = 0;; ++number) {
+    const Item item = Item::load(shared, number).uniform();
+    if (!item.exists()) break;
+    const Sequence sequence = item.sequence();
+    const int64_t state_offset = (static_cast<int64_t>(item.index) * p.num_heads + head) * kHeadDim * kHeadDim;
+    IntermediateStates intermediate(p, item.index);
+    StateFragment s = {};
+    read_initial_state(s, p.initial_state, state_offset, first_row, lane);
+    engine.settle(s);  // or S would be moved to other registers in each chunk
+    for (int token = 0; token < sequence.length; token += kChunk) {
+      const uint32_t slot = shared.slot(ring.slot);
+      if (intermediate.wanted(p, token)) {
+        store_state(s, intermediate.place(p, head), p.intermediate_states.v_first, first_row, lane);
+      }
+      if (last.slot >= 0) {
+        const int later = last.slot + ahead;  // the same slot, but for v
+        filling.next(p, shared, last, later < shared.ring.own_slots ? later : later - shared.ring.own_slots, last_place, warp,
+                     lane);
+      }
+      barrier_wait(shared.factors_ready(ring.slot), ring.parity);
 
-    TokenFragment u, o;  // P and R first
-    TokenOperand operand;
-    const Values<S> values(slot, slot + S::kV + v_half, warp % kHalfBlocks, lane);
-    const auto a = engine.operand(s);
-    engine.read_state(u, a, slot + S::kK);
-    engine.read_state(o, a, slot + S::kQ);
-    last = ring;
-    ring.advance(1, shared.ring.own_slots);
-    solve_values(engine, values, u, o, operand, slot);
-    decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
-    engine.template update_state<S>(s, operand, slot);
-    engine.template wait_but<0>(o, s);
-    barrier_arrive(shared.slot_free(last.slot));
-    pack_tokens(operand, o);
-    if constexpr (S::kStaged) {
-      OutputStage<S>{p, sequence, head, first_row, shared.stage(warp)}.send(operand, token, lane);
-    } else {
-      // Through v's place: the warp's own columns.
-      const auto place = [&](int row, int unit) { return slot + S::kV + v_half + swizzled(row, first_unit + unit); };
-      __syncwarp();  // every lane has had its v from there
-      gather_output(operand, lane, place);
-      __syncwarp();
-      const OutputPieces pieces(lane, place);
-      barrier_arrive(shared.values_free(last.slot));
-      auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
-      pieces.store(p, out + token * p.out.token_stride, sequence.length - token, lane);
+      TokenFragment u, o;  // P and R first
+      TokenOperand operand;
+      const uint32_t v = shared.values(value_place) + v_half;
+      const Values<S> values(slot, v, warp % kHalfBlocks, lane);
+      const auto a = engine.operand(s);
+      engine.read_state(u, a, slot + S::kK);
+      engine.read_state(o, a, slot + S::kQ);
+      last = ring;
+      ring.advance(1, shared.ring.own_slots);
+      last_place = value_place;
+      value_place = value_place + 1 == shared.ring.value_places ? 0 : value_place + 1;
+      solve_values(engine, values, u, o, operand, slot);
+      decay_state(s, slot + total_lane);  // not sooner: it takes registers that S in bf16 needs
+      engine.template update_state<S>(s, operand, slot);
+      engine.template wait_but<0>(o, s);
+      barrier_arrive(shared.slot_free(last.slot));
+      pack_tokens(operand, o);
+      if constexpr (S::kStaged) {
+        OutputStage<S>{p, sequence, head, first_row, shared.stage(warp)}.send(operand, token, lane);
+      } else {
+        // Through v's place: the warp's own columns.
+        const auto place = [&](int row, int unit) { return v + swizzled(row, first_unit + unit); };
+        __syncwarp();  // every lane has had its v from there
+        gather_output(operand, lane, place);
+        __syncwarp();
+        const OutputPieces pieces(lane, place);
+        barrier_arrive(shared.values_free(last.slot));
+        auto* out = const_cast<__nv_bfloat16*>(row_pointer<__nv_bfloat16>(p.out, sequence, head)) + first_row;
+        pieces.store(p, out + token * p.out.token_stride, sequence.length - token, lane);
+      }
     }
+    write_final_state(s, p.final_state, state_offset, first_row, lane);
   }
   if (S::kStaged && lane == 0) bulk_wait_read();
-
-  write_final_state(s, p.final_state, state_offset, first_row, lane);
 }
 
 }  // namespace kda::prefill

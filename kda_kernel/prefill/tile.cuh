@@ -274,8 +274,6 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
 // Aqk of a tile in its place, T_inv = (I + Akk)^-1 of a tile in its place, from the products of both halves of the channels.
 template <class S>
 __device__ __forceinline__ void finish_tile(PairSums& sums, const TileFactors<S>& to, float beta, int lane) {
-  add_parked(sums, to, lane);
-  __syncwarp();  // every lane has its sums: Aqk takes their place
   const float beta_rows[2] = {__shfl_sync(~0u, beta, lane / 4), __shfl_sync(~0u, beta, 8 + lane / 4)};
   store_pairs(sums, beta_rows, to.aqk(), to.akk(), lane);
   if (lane < kTile) store_shared_float(to.beta() + lane * 4, beta);

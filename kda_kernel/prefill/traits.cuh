@@ -1,6 +1,7 @@
 // The prefill kernels' sizes, shared-memory map and barriers, for host and device alike.
 //
-// A CTA owns one (sequence, value head) and walks its chunks of 32 tokens, two tiles of 16, through a ring of slots:
+// A CTA owns a value head of one sequence, or of several short ones, one after another, and walks their chunks of 32 tokens, two
+// tiles of 16, through a ring of slots:
 //
 //   factor teams    gate, decay tree, Akk, Aqk, T_inv: one or two warps per tile, teams in turn      (factors.cuh)
 //   state warps     S in registers, 16 rows of V each; o and the next S; they also load              (state.cuh, load.cuh)
@@ -11,10 +12,11 @@
 //   SlotFree       state warps, factors consumed       all             a lane each
 //   ValuesFree     state warps, o has left v's place   state warps     a lane each
 // Every lane arrives for what it has read and written itself; where a tensor copy (TMA) loads, its bytes count as well, and one
-// lane arrives for its warp. A slot is loaded again once its last chunk has been consumed. Without TMA o leaves through v's
-// place, with it each state warp has a stage of its own, and nobody needs ValuesFree.
+// lane arrives for its warp. A slot is loaded again once its last chunk has been consumed. v, which no factor team needs, has a
+// ring of its own, as short as the memory left over makes it. Without TMA o leaves through v's place, with it each state warp
+// has a stage of its own, and nobody needs ValuesFree.
 //
-// With few heads, a cluster of two to four CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
+// With few heads, a cluster of two to eight CTAs owns a (sequence, value head). Two of them hold half the rows of S each;
 // all take chunks in turn, load their q, k and g into a ring of their own, prepare the factors there, and copy what the
 // state needs to a second ring, of guests, in the other CTAs that hold S. So a slot is taken for as long as the chunk's
 // preparation takes only where that happens. There are the same rings in all CTAs. The state warps have S there and nothing
@@ -41,7 +43,9 @@ constexpr int kTiles = 2;  // of a chunk; the state chain's latency and its work
 constexpr int kChunk = kTiles * kTile;
 constexpr int kRowsPerStateWarp = 16;  // of V: one MMA tile
 
-constexpr int kMaxCtas = 4;  // of a cluster
+// CTAs that a head may have; six and seven are slower than five, or no faster.
+constexpr int kClusterSizes[] = {8, 5, 4, 3, 2, 1};
+constexpr int kMaxCtas = kClusterSizes[0];
 
 // Barriers are laid out for so many: all that 227 KB hold.
 constexpr int kMaxSlots = 6;
@@ -96,26 +100,33 @@ struct Slot {
   static constexpr int kLoadWarps = kCluster ? 4 : kStateWarps;  // in a single CTA these are the state warps
   static constexpr int kThreads = 32 * (kStateWarps + kFactorWarps + (kCluster ? kLoadWarps : 0));
   static constexpr int kValueWarps = kLoadWarps / 4;  // of these, those that load v
+  static constexpr int kMaxItems = kCluster ? 1 : 16;  // sequences of a CTA, one after another
   static constexpr int kFreeArrivals = kCluster ? kParts : 32 * kStateWarps;
   static constexpr int kOutputArrivals = kCluster ? kStateWarps : 32 * kStateWarps;
 
   static constexpr int kGateScale = sizeof(GElem) / 2;
-  static constexpr int kV = 0;                          // v of the part's rows
-  static constexpr int kVBytes = kPanelBytes / kParts;
+  static constexpr int kV = 0;  // in a cluster, v of the part's rows; a single CTA has places for v behind the slots
+  static constexpr int kVBytes = kCluster ? kPanelBytes / kParts : 0;
   static constexpr int kQ = kV + kVBytes;               // q, then Qpre
   static constexpr int kK = kQ + kPanelBytes;           // k, then Kpre
   static constexpr int kG = kK + kPanelBytes;           // g, then Ksuf
   static constexpr int kKsuf = kG;
   static constexpr int kKsufHalf = kHalfBytes * kGateScale;
-  static constexpr int kTInv = kG + kPanelBytes * kGateScale;  // T_inv below its diagonal
-  static constexpr int kAqk = kTInv + kPairBytes;
-  static constexpr int kTotal = kAqk + kPairBytes;    // [128] fp32, by total_offset()
-  static constexpr int kBeta = kTotal + kTotalBytes;  // [32] fp32
+  // What follows lies behind these, or, in a single CTA, in the two places that an fp32 gate has and Ksuf has not: for one
+  // slot more.
+  static constexpr bool kPairsInGate = !kCluster && kGateScale == 2;
+  static constexpr int kGateEnd = kG + kPanelBytes * kGateScale;
+  static constexpr int kTInv = kPairsInGate ? kG + kKsufHalf + kHalfBytes : kGateEnd;  // T_inv below its diagonal
+  static constexpr int kAqk = kPairsInGate ? kG + kHalfBytes : kTInv + kPairBytes;
+  static constexpr int kTotal = (kPairsInGate ? kTInv : kAqk) + kPairBytes;  // [128] fp32, by total_offset()
+  static constexpr int kBeta = kTotal + kTotalBytes;                         // [32] fp32
   // What CTAs copy to each other: Q, K and Ksuf by halves, and the rest, all from T_inv on.
   static constexpr int kPieces = 3 * kHalves;
   static constexpr int kRestBytes = kBeta + kChunk * 4 - kTInv;
   static constexpr int kFactorBytes = kPieces * kHalfBytes + kRestBytes;
-  static constexpr int kBytes = (kBeta + kChunk * 4 + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
+  static constexpr int kEnd = kPairsInGate ? kGateEnd : kBeta + kChunk * 4;
+  static constexpr int kBytes = (kEnd + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
+  static_assert(!kPairsInGate || (kAqk + kPairBytes <= kG + kKsufHalf && kBeta + kChunk * 4 <= kEnd), "they fit");
 };
 
 // A factor team's own room: for each warp k exp(-G) of its tile and half of the channels, swizzled; in the place of a
@@ -141,23 +152,27 @@ __device__ __forceinline__ uint32_t staged(int row, int unit) { return row * kSt
 // Before the slots: what lives as long as the CTA.
 struct Fixed {
   static constexpr int kBarriers = 0;                          // those of each slot
-  static constexpr int kBeta = kSlotBarriers * kMaxSlots * 8;  // Source of beta
-  static constexpr int kGate = kBeta + 16;                     // GateScale
-  static constexpr int kBias = 384;                            // [128] fp32: dt_bias in the gate's units
-  static constexpr int kStage = 1024;                          // o on its way out by TMA, [32, 16] of each state warp
+  static constexpr int kGate = kSlotBarriers * kMaxSlots * 8;  // GateScale
+  static constexpr int kItems = kGate + 16;                    // Item and Source of each sequence, and an Item that is none
+  static constexpr int kItemBytes = 32;
+  template <class S>  // [128] fp32: dt_bias in the gate's units
+  static constexpr int kBias = (kItems + (S::kMaxItems + 1) * kItemBytes + 127) / 128 * 128;
+  static constexpr int kStage = 1536;  // o on its way out by TMA, [32, 16] of each state warp
   template <class S>
-  static constexpr int kScratch = S::kStaged ? kStage + S::kStateWarps * kStageBytes : kBias + kHeadDim * 4;
+  static constexpr int kScratch = S::kStaged ? kStage + S::kStateWarps * kStageBytes : kBias<S> + kHeadDim * 4;
   template <class S>
   static constexpr int bytes(int num_teams) {
+    static_assert(!S::kStaged || kBias<S> + kHeadDim * 4 <= kStage, "all that fits before them");
     return (kScratch<S> + num_teams * Scratch<S>::kBytes + 1023) / 1024 * 1024;
   }
-  static_assert(kBeta % 16 == 0 && kGate + 8 <= kBias && kBias + kHeadDim * 4 <= kStage, "all that fits before them");
+  static_assert(kItems % 16 == 0 && kStage % 256 == 0, "as they are read");
 };
 
-// How a CTA divides its shared memory: own slots, then those of guests.
+// How a CTA divides its shared memory: own slots, then those of guests, or, in a single CTA, places for v.
 struct Ring {
   int own_slots;
   int guest_slots;
+  int value_places;
   int num_teams;
   int first_slot;  // bytes before it
 
@@ -166,27 +181,32 @@ struct Ring {
 
 template <class S>
 constexpr int shared_bytes(Ring ring) {
-  return ring.first_slot + ring.num_slots() * S::kBytes;
+  return ring.first_slot + ring.num_slots() * S::kBytes + ring.value_places * kPanelBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams: with a bf16 gate 4 teams and
-// 5 slots in 227 KB, 2 and 4 in 163 KB (8.0), 1 and 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 3 and 4, 2 and 3, 1 and 2.
-// In a cluster 3 teams and 6 slots, 2 and 5; guests, which are every second chunk with two CTAs and more with three or four,
-// have two of them or what three own ones leave. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams, and two chunks' v or more,
+// up to one for each slot: with a bf16 gate 4 teams, 6 slots and 2 places for v in 227 KB, 3, 4 and 3 in 163 KB (8.0), 1, 2 and
+// 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 4, 5 and 4; 3, 4 and 2; 1, 2 and 2. In a cluster 3 teams and 6 slots, 2 and
+// 5; guests, which are every second chunk with two CTAs and more with three or more, have two of them or what three own ones
+// leave. No slots if it cannot be.
 template <class S>
 constexpr Ring fit_ring(int limit, int num_ctas) {
+  constexpr int kLeastValues = S::kCluster ? 0 : 2;
   for (int teams = S::kMaxTeams; teams > 0; --teams) {
-    const int fitting = (limit - Fixed::bytes<S>(teams)) / S::kBytes;
+    const int left = limit - Fixed::bytes<S>(teams);
+    const int fitting = (left - kLeastValues * kPanelBytes) / S::kBytes;
     const int slots = fitting < kMaxSlots ? fitting : kMaxSlots;
     if (slots >= teams + (S::kCluster ? 2 : 1)) {
       const int guests = !S::kCluster ? 0 : num_ctas == 2 ? 2 : slots - 3;
+      const int places = S::kCluster ? 0 : (left - slots * S::kBytes) / kPanelBytes;
       return {.own_slots = slots - guests,
               .guest_slots = guests,
+              .value_places = places < slots ? places : slots,
               .num_teams = teams,
               .first_slot = Fixed::bytes<S>(teams)};
     }
   }
-  return {.own_slots = 0, .guest_slots = 0, .num_teams = 0, .first_slot = 0};
+  return {.own_slots = 0, .guest_slots = 0, .value_places = 0, .num_teams = 0, .first_slot = 0};
 }
 
 constexpr int kLeastShared = 99 << 10;  // what a CTA may have from compute capability 8.0 on, or more
@@ -217,15 +237,17 @@ struct SharedMap {
   __device__ __forceinline__ uint32_t slot(int index) const {
     return base + ring.first_slot + index * S::kBytes;
   }
+  // In a single CTA.
+  __device__ __forceinline__ uint32_t values(int place) const { return slot(ring.own_slots) + place * kPanelBytes; }
   __device__ __forceinline__ uint32_t slot_free(int slot) const { return base + Fixed::kBarriers + slot * 8; }
   __device__ __forceinline__ uint32_t raw_ready(int slot) const { return slot_free(slot) + kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t factors_ready(int slot) const { return slot_free(slot) + 2 * kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t values_free(int slot) const { return slot_free(slot) + 3 * kMaxSlots * 8; }
   __device__ __forceinline__ uint32_t output_ready(int slot) const { return values_free(slot); }  // in a cluster, instead
   __device__ __forceinline__ uint32_t guest_free(int slot) const { return slot_free(slot) + 4 * kMaxSlots * 8; }
-  __device__ __forceinline__ uint32_t beta() const { return base + Fixed::kBeta; }
+  __device__ __forceinline__ uint32_t item(int index) const { return base + Fixed::kItems + index * Fixed::kItemBytes; }
   __device__ __forceinline__ uint32_t gate() const { return base + Fixed::kGate; }
-  __device__ __forceinline__ uint32_t bias() const { return base + Fixed::kBias; }
+  __device__ __forceinline__ uint32_t bias() const { return base + Fixed::kBias<S>; }
   __device__ __forceinline__ uint32_t stage(int state_warp) const { return base + Fixed::kStage + state_warp * kStageBytes; }
   __device__ __forceinline__ uint32_t scratch(int team) const { return base + Fixed::kScratch<S> + team * Scratch<S>::kBytes; }
 };

@@ -102,7 +102,8 @@ struct Cluster {
 };
 
 std::mt19937_64 random_numbers;
-Device device_now{1, 232448};
+Device device_now{1, 232448, 132};
+unsigned ctas_launched;  // last
 Cluster* cluster = nullptr;
 Thread* current = nullptr;
 void* scheduler = nullptr;
@@ -410,6 +411,7 @@ void run_grid(dim3 grid, int threads, int cluster_ctas, int shared_bytes, const 
   }
   body = &kernel;
   error.clear();
+  ctas_launched = grid.x * grid.y * grid.z;
   for (unsigned index = 0; index < grid.x / cluster_ctas * grid.y * grid.z; ++index) {
     const unsigned row = index / (grid.x / cluster_ctas), first = index % (grid.x / cluster_ctas) * cluster_ctas;
     Cluster now;
@@ -472,20 +474,30 @@ cudaError_t emulator_max_clusters(int* clusters, const cudaLaunchConfig_t* confi
 extern "C" {
 
 // The device of later launches, and the order in which its threads run.
-__attribute__((visibility("default"))) void emulator_configure(int cluster_ctas, int shared_bytes, uint64_t seed) {
-  emulator::device_now = {cluster_ctas, shared_bytes};
+__attribute__((visibility("default"))) void emulator_configure(int cluster_ctas, int shared_bytes, uint64_t seed, int sms) {
+  emulator::device_now = {cluster_ctas, shared_bytes, sms};
   emulator::random_numbers.seed(seed);
 }
 
+__attribute__((visibility("default"))) unsigned emulator_ctas() { return emulator::ctas_launched; }
+
 // Kernels ask for a device once and remember its answers: so each kind of device has a number of its own.
 cudaError_t cudaGetDevice(int* device) {
-  *device = emulator::device_now.cluster_ctas + (emulator::device_now.shared_bytes >> 10 << 3);
+  const emulator::Device& now = emulator::device_now;
+  *device = now.cluster_ctas + (now.shared_bytes >> 10 << 4) + (now.sms << 12);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
-  *value = emulator::device_now.shared_bytes;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulator::device_now.shared_bytes;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulator::device_now.sms;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error of the emulator"; }
 }

@@ -190,10 +190,12 @@ void multiply(int columns, A a, B b, D d) {
 
 // ---- launches ----------------------------------------------------------------------------------------------
 
-// The device that launches go to: the most CTAs a cluster may have, and the shared memory of a CTA in bytes.
+// The device that launches go to: the most CTAs a cluster may have, the shared memory of a CTA in bytes, and how many SMs it
+// says it has.
 struct Device {
   int cluster_ctas;
   int shared_bytes;
+  int sms;
 };
 const Device& device();
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 
 import torch
 from kda_inputs import make_inputs, operator_flags, rel_rms, to_float64
@@ -142,3 +144,18 @@ def assert_accurate(kernel, inputs: dict, found, tolerance: float = TOLERANCE) -
     o_error, state_error = worst_errors(inputs, found, reference(kernel, inputs))
     assert o_error <= tolerance, f"o: relative RMS error {o_error:.2e} > {tolerance:.1e}"
     assert state_error <= tolerance, f"final_state: relative RMS error {state_error:.2e} > {tolerance:.1e}"
+
+
+def launches(kernel, calls: list[dict], folder) -> list[tuple[int, int]]:
+    """CTAs, and threads of a CTA, of each kernel that these calls of the operator launch."""
+    outs = [guarded_out(inputs)[1] for inputs in calls]
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        for inputs, out in zip(calls, outs):
+            call_op(kernel, inputs, out, None)
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    kernels = sorted(
+        (event for event in events if event.get("cat") == "kernel"), key=lambda event: event["ts"]
+    )
+    return [(math.prod(event["args"]["grid"]), math.prod(event["args"]["block"])) for event in kernels]

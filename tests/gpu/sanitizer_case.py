@@ -36,15 +36,21 @@ CASES = {
         dict(T=16, g_dtype=BF16, allow_neg_eigval=True, state_v_first=True),
     ),
     "no token": ("lower-weak", dict(lengths=(0, 0))),
-    # On Hopper the cases above run in clusters, and no slot twice. These use every slot again, in clusters of 4, of 3 or
-    # 2 (40 items of work), of 2 (60) and, with 72 items, in single CTAs; of those but a few have no token, and cost
-    # little.
-    "one head, all slots twice": ("lower-weak", dict(T=25 * 32 + 1, H=1)),
-    "one head, all slots twice, fp32 g": ("softplus-resets", dict(T=25 * 32 + 1, H=1, g_dtype=FP32)),
-    "40 items": ("lower-strong", dict(lengths=(19 * 32 + 1, *(0,) * 19))),
-    "60 items": ("softplus-resets", dict(lengths=(17 * 32 + 1, *(0,) * 29))),
-    "single CTAs": ("lower-strong", dict(lengths=(11 * 32 + 1, *(0,) * 35))),
-    "single CTAs, fp32 g": ("mixed-channels", dict(lengths=(9 * 32 + 1, *(0,) * 35), state_v_first=True)),
+    # On Hopper the cases above run in clusters, and no slot twice. These use every slot again, in clusters of 8, of 5 (18
+    # items of work), of 4 or 3 (30), of 2 (60) and, with 72 items, in single CTAs; of those but a few have no token, and
+    # cost little. With 144 items CTAs have several sequences each.
+    "one head, all slots twice": ("lower-weak", dict(T=49 * 32 + 1, H=1)),
+    "one head, all slots twice, fp32 g": ("softplus-resets", dict(T=49 * 32 + 1, H=1, g_dtype=FP32)),
+    "18 items": ("lower-strong", dict(lengths=(31 * 32 + 1, *(0,) * 8), H=2)),
+    "30 items": ("lower-strong", dict(lengths=(25 * 32 + 1, *(0,) * 14), H=2)),
+    "60 items": ("softplus-resets", dict(lengths=(17 * 32 + 1, *(0,) * 29), H=2)),
+    "single CTAs": ("lower-strong", dict(lengths=(13 * 32 + 1, *(0,) * 35), H=2)),
+    "single CTAs, fp32 g": (
+        "mixed-channels",
+        dict(lengths=(11 * 32 + 1, *(0,) * 35), H=2, state_v_first=True),
+    ),
+    "shared CTAs": ("lower-strong", dict(lengths=(33, 0, 5, 64) * 18, H=2)),
+    "shared CTAs, fp32 g": ("softplus-init", dict(lengths=(33, 0, 5, 64) * 18, H=2, g_dtype=FP32)),
 }
 
 DECODE_CASES = {

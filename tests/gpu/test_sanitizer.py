@@ -14,7 +14,7 @@ from harness import inputs_for
 
 CASE = Path(__file__).with_name("sanitizer_case.py")
 KERNEL_NAME = "kda"  # a part of every one of our kernels' names: only these are instrumented
-TIMEOUT_S = 150
+TIMEOUT_S = 400
 
 
 def sanitizer() -> str | None:
