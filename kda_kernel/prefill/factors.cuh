@@ -50,9 +50,12 @@ __device__ __forceinline__ void copy_factors(const SharedMap<S>& shared, const R
   if (piece == S::kPieces) {
     place = S::kTInv;
     bytes = S::kRestBytes;
+  } else if (piece > S::kPieces) {
+    place = S::kAqk;
+    bytes = S::kApartBytes;
   }
   barrier_wait(shared.guest_free(own.slot), own.parity);
-  if (cta != rank && piece <= S::kPieces) {
+  if (cta != rank && piece <= S::kPieces + S::kPairsInGate) {
     const int guest = guest_slot(shared.ring, shared.num_ctas, round, rank, cta);
     copy_to_remote(remote_address(shared.slot(guest) + place, cta), shared.slot(own.slot) + place, bytes,
                    remote_address(shared.factors_ready(guest), cta));

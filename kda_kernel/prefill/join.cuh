@@ -112,20 +112,28 @@ __device__ __forceinline__ void join_totals(const TileFactors<S>& to, int lane) 
   }
 }
 
+// The sums of both halves of the channels, for the warps that add them; after it Aqk and T_inv may take the place where they
+// were parked, and have zeros in their upper triangles.
+template <class S, class Team>
+__device__ __forceinline__ void take_parked(PairSums& sums, const TileFactors<S>& to, bool adds, int lane, const Team& team) {
+  if (adds) add_parked(sums, to, lane);
+  if constexpr (!S::kPairsInGate) {
+    __syncwarp();  // the place is the warp's own
+    return;
+  }
+  team.meet();  // both tiles' sums lie where T_inv will be
+  if (!adds) return;
+  const uint32_t upper = to.slot + (to.tile == 0 ? S::kTInv : S::kAqk) + kPairBlock;
+  store_shared_uint4(upper + lane / kTile * kPairUnit + lane % kTile * 16, make_uint4(0, 0, 0, 0));
+}
+
 // What the tiles need of each other, in two steps with a meeting between them. With four warps the second halves' have the
 // products between the tiles and what follows from them. (That they also rescale while the first halves' invert was slower.)
 template <class S, class Team>
 __device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, float beta, int lane, const Team& team) {
   CrossSums cross = {};
   if constexpr (S::kWholeTiles) {
-    add_parked(sums, to, lane);
-    if constexpr (S::kPairsInGate) {
-      team.meet();  // of both tiles: T_inv takes their place
-      const uint32_t upper = to.slot + (to.tile == 0 ? S::kTInv : S::kAqk) + kPairBlock;
-      store_shared_uint4(upper + lane / kTile * kPairUnit + lane % kTile * 16, make_uint4(0, 0, 0, 0));
-    } else {
-      __syncwarp();  // every lane has its sums: Aqk takes their place
-    }
+    take_parked(sums, to, true, lane, team);
     finish_tile(sums, to, beta, lane);
     if (to.tile == 1) multiply_cross(cross, to, lane);
     team.meet();  // the products between the tiles are made, and T_inv of both
@@ -136,9 +144,8 @@ __device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, f
     }
     if (to.tile == 0) join_totals(to, lane);
   } else {
+    take_parked(sums, to, to.half == 0, lane, team);
     if (to.half == 0) {
-      add_parked(sums, to, lane);
-      __syncwarp();  // the same
       finish_tile(sums, to, beta, lane);
     } else if (to.tile == 1) {
       multiply_cross(cross, to, lane);

@@ -1,7 +1,7 @@
 // The prefill kernels' sizes, shared-memory map and barriers, for host and device alike.
 //
-// A CTA owns a value head of one sequence, or of several short ones, one after another, and walks their chunks of 32 tokens, two
-// tiles of 16, through a ring of slots:
+// A CTA owns a value head of one sequence, or of several short ones, one after another, and walks their chunks of 32 tokens,
+// two tiles of 16, through a ring of slots:
 //
 //   factor teams    gate, decay tree, Akk, Aqk, T_inv: one or two warps per tile, teams in turn      (factors.cuh)
 //   state warps     S in registers, 16 rows of V each; o and the next S; they also load              (state.cuh, load.cuh)
@@ -112,18 +112,18 @@ struct Slot {
   static constexpr int kG = kK + kPanelBytes;           // g, then Ksuf
   static constexpr int kKsuf = kG;
   static constexpr int kKsufHalf = kHalfBytes * kGateScale;
-  // What follows lies behind these, or, in a single CTA, in the two places that an fp32 gate has and Ksuf has not: for one
-  // slot more.
-  static constexpr bool kPairsInGate = !kCluster && kGateScale == 2;
+  // What follows lies behind these, or in the two places that an fp32 gate has and Ksuf has not: for one team or slot more.
+  static constexpr bool kPairsInGate = kGateScale == 2;
   static constexpr int kGateEnd = kG + kPanelBytes * kGateScale;
   static constexpr int kTInv = kPairsInGate ? kG + kKsufHalf + kHalfBytes : kGateEnd;  // T_inv below its diagonal
   static constexpr int kAqk = kPairsInGate ? kG + kHalfBytes : kTInv + kPairBytes;
   static constexpr int kTotal = (kPairsInGate ? kTInv : kAqk) + kPairBytes;  // [128] fp32, by total_offset()
   static constexpr int kBeta = kTotal + kTotalBytes;                         // [32] fp32
-  // What CTAs copy to each other: Q, K and Ksuf by halves, and the rest, all from T_inv on.
+  // What CTAs copy to each other: Q, K and Ksuf by halves, and the rest, all from T_inv on, Aqk apart if it lies elsewhere.
   static constexpr int kPieces = 3 * kHalves;
   static constexpr int kRestBytes = kBeta + kChunk * 4 - kTInv;
-  static constexpr int kFactorBytes = kPieces * kHalfBytes + kRestBytes;
+  static constexpr int kApartBytes = kPairsInGate ? kPairBytes : 0;
+  static constexpr int kFactorBytes = kPieces * kHalfBytes + kRestBytes + kApartBytes;
   static constexpr int kEnd = kPairsInGate ? kGateEnd : kBeta + kChunk * 4;
   static constexpr int kBytes = (kEnd + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
   static_assert(!kPairsInGate || (kAqk + kPairBytes <= kG + kKsufHalf && kBeta + kChunk * 4 <= kEnd), "they fit");
@@ -186,7 +186,7 @@ constexpr int shared_bytes(Ring ring) {
 
 // As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams, and two chunks' v or more,
 // up to one for each slot: with a bf16 gate 4 teams, 6 slots and 2 places for v in 227 KB, 3, 4 and 3 in 163 KB (8.0), 1, 2 and
-// 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 4, 5 and 4; 3, 4 and 2; 1, 2 and 2. In a cluster 3 teams and 6 slots, 2 and
+// 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 4, 5 and 4; 3, 4 and 2; 1, 2 and 2. In a cluster 3 teams and 6 slots, 3 and
 // 5; guests, which are every second chunk with two CTAs and more with three or more, have two of them or what three own ones
 // leave. No slots if it cannot be.
 template <class S>
