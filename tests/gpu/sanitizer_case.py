@@ -1,11 +1,15 @@
 """Small calls of the kernels for compute-sanitizer; test_sanitizer.py runs this file under each tool.
 
+With names of PARTS as arguments, only those.
+
 Results get allocations of their exact size, so run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,33 +129,49 @@ def run_layer_operators(kernel) -> None:
             raise SystemExit("gated RMS norm: the result is not finite")
 
 
-def main() -> None:
-    from kernels import get_local_kernel
+def prefill(kernel, name: str) -> None:
+    gate, options = CASES[name]
+    inputs = inputs_for(gate, **{"H": 2, **options})
+    o, final_state = kernel.chunk_kda(**inputs)
+    shifted = {name: misaligned(inputs[name]) for name in ("q", "k", "v", "g", "beta")}
+    o_shifted, _ = kernel.chunk_kda(**{**inputs, **shifted})
+    o_portable = torch.empty_like(o)
+    kernel.ops.kda_prefill(*op_arguments(inputs, o_portable, None, portable=True))
+    torch.cuda.synchronize()
+    for result in (o, o_shifted, o_portable, final_state):
+        if result is not None and not result.isfinite().all():
+            raise SystemExit(f"{name}: the result is not finite")
 
-    kernel = get_local_kernel(ROOT)
-    decode(kernel)
-    fused_step(kernel)
-    for name, (gate, options) in CASES.items():
-        inputs = inputs_for(gate, **{"H": 2, **options})
-        o, final_state = kernel.chunk_kda(**inputs)
-        shifted = {name: misaligned(inputs[name]) for name in ("q", "k", "v", "g", "beta")}
-        o_shifted, _ = kernel.chunk_kda(**{**inputs, **shifted})
-        o_portable = torch.empty_like(o)
-        kernel.ops.kda_prefill(*op_arguments(inputs, o_portable, None, portable=True))
-        torch.cuda.synchronize()
-        for result in (o, o_shifted, o_portable, final_state):
-            if result is not None and not result.isfinite().all():
-                raise SystemExit(f"{name}: the result is not finite")
 
+def bad_cu_seqlens(kernel) -> None:
     for H in (2, 36):
         inputs = inputs_for("lower-weak", lengths=(20, 20), H=H)
         inputs["cu_seqlens"] += torch.tensor([0, 1000, 0], device="cuda")
         o, final_state = kernel.chunk_kda(**inputs)
         if not (o.isnan().all() and final_state.isnan().all()):
             raise SystemExit(f"bad cu_seqlens, {H} heads: the result is not NaN")
-    run_layer_operators(kernel)
-    print(f"{len(CASES) + len(DECODE_CASES) + 7} cases done")
+
+
+PARTS = {
+    "decode": decode,
+    "fused step": fused_step,
+    **{name: partial(prefill, name=name) for name in CASES},
+    "bad cu_seqlens": bad_cu_seqlens,
+    "layer operators": run_layer_operators,
+}
+
+
+def main(chosen: list[str]) -> None:
+    from kernels import get_local_kernel
+
+    kernel = get_local_kernel(ROOT)
+    for number, name in enumerate(chosen, 1):
+        start = time.monotonic()
+        PARTS[name](kernel)
+        torch.cuda.synchronize()
+        print(f"{number} of {len(chosen)}: {name}, {time.monotonic() - start:.1f} s", flush=True)
+    print(f"{len(chosen)} cases done")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(PARTS))
