@@ -44,15 +44,15 @@ __device__ __forceinline__ int64_t intermediate_states_before(const SequenceBoun
   return sum;
 }
 
-// Calls f(number, index), on some lane of the calling warp, for each sequence whose place, from the longest on, is
-// first + number * step. Of more than 32 sequences a place is the index itself: then none is a large part of the work.
-// Whatever the bounds say, every sequence has one place.
+// Calls f(number, index), on some lane of the calling warp, for each of the `count` sequences whose places, from the longest
+// on, are first + number * step. Of more than 32 sequences a place is the index itself: then none is a large part of the
+// work. Whatever the bounds say, every sequence has one place.
 template <class F>
 __device__ __forceinline__ void for_each_by_length(const SequenceBounds& bounds, int num_sequences, int first, int step,
-                                                   F f) {
+                                                   int count, F f) {
   const int lane = threadIdx.x % 32;
   if (bounds.data == nullptr || num_sequences > 32) {
-    for (int number = lane; first + number * step < num_sequences; number += 32) f(number, first + number * step);
+    for (int number = lane; number < count; number += 32) f(number, first + number * step);
     return;
   }
   const int64_t length = lane < num_sequences ? sequence_bound(bounds, lane + 1) - sequence_bound(bounds, lane) : -1;

@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
 
   // First everything that comes from global memory, so that one wait covers it; bounds are used once they are checked.
-  const int num_items = S::kCluster ? 1 : (num_sequences - first_item + groups - 1) / groups;
+  const int num_items = S::kCluster ? 1 : (num_sequences - 1 - first_item) / groups + 1;
   if (threadIdx.x < 32) {
-    for_each_by_length(p.cu_seqlens, num_sequences, first_item, groups, [&](int number, int index) {
+    for_each_by_length(p.cu_seqlens, num_sequences, first_item, groups, num_items, [&](int number, int index) {
       const Sequence sequence = sequence_at(p.cu_seqlens, index, p.num_tokens);
       Item{.batch = static_cast<int32_t>(sequence.batch),
            .begin = static_cast<int32_t>(sequence.begin),
