@@ -93,7 +93,7 @@ def inputs_with(pattern: str, HV: int, option: str) -> dict:
     return inputs
 
 
-# On an H100 four CTAs for a head, and one.
+# On an H100 eight CTAs for a head, and one.
 @pytest.mark.parametrize("HV", [2, 72], ids=["cluster", "single"])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
