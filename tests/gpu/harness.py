@@ -7,7 +7,7 @@ import json
 import math
 
 import torch
-from kda_inputs import make_inputs, operator_flags, rel_rms, to_float64
+from kda_inputs import make_inputs, operator_flags, prefix_states, rel_rms, to_float64
 
 DEVICE = "cuda"
 
@@ -18,6 +18,8 @@ TOLERANCE = 5e-3
 
 SENTINEL = 768.0  # exact in bf16; no result of these tests comes near it
 GUARD_TOKENS = 16  # untouched rows in front of and behind `out`
+
+TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
 
 DEFINITION_LENGTH = 130  # up to here the token-by-token definition is the reference, beyond it the chunk form
 
@@ -144,6 +146,33 @@ def assert_accurate(kernel, inputs: dict, found, tolerance: float = TOLERANCE) -
     o_error, state_error = worst_errors(inputs, found, reference(kernel, inputs))
     assert o_error <= tolerance, f"o: relative RMS error {o_error:.2e} > {tolerance:.1e}"
     assert state_error <= tolerance, f"final_state: relative RMS error {state_error:.2e} > {tolerance:.1e}"
+
+
+def assert_nan_and_nothing_else(kernel, inputs: dict) -> None:
+    """A call with bad cu_seqlens fills its results with NaN, and leaves alone what surrounds them."""
+    out_buffer, out = guarded_out(inputs)
+    state_buffer, final_state = guarded_state(inputs, torch.float32)
+    out.zero_()
+    final_state.zero_()
+    call_op(kernel, inputs, out, final_state)
+    assert out.isnan().all() and final_state.isnan().all()
+    assert out_buffer.isnan().sum() == out.numel() and state_buffer.isnan().sum() == final_state.numel()
+
+
+def assert_same_at_odd_addresses(kernel, inputs: dict) -> None:
+    """Rows that are loaded element by element give the same bits."""
+    shifted = {name: misaligned(inputs[name]) for name in TOKEN_INPUTS}
+    found, expected = run_op(kernel, {**inputs, **shifted}), run_op(kernel, inputs)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+
+
+def assert_intermediate_states(kernel, inputs: dict) -> torch.Tensor:
+    """They are accurate, and asking for them changes no other result; returns them."""
+    o, final_state, states = kernel.chunk_kda(**inputs, return_intermediate_states=True)
+    plain = kernel.chunk_kda(**inputs)
+    assert torch.equal(o, plain[0]) and torch.equal(final_state, plain[1])
+    assert rel_rms(prefix_states(kernel.reference, inputs), states.double()) <= TOLERANCE
+    return states
 
 
 def launches(kernel, calls: list[dict], folder) -> list[tuple[int, int]]:

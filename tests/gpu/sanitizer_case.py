@@ -20,12 +20,13 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 import decode_harness as decoding
 from decode_inputs import shuffled_slots
 from fused_decode_inputs import fused_inputs
-from harness import inputs_for, misaligned, op_arguments
+from harness import TOKEN_INPUTS, inputs_for, misaligned, op_arguments
 from layer_inputs import LENGTHS, make_conv, make_norm
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
-CASES = {
+# On Hopper in clusters.
+CLUSTER_CASES = {
     "lower-strong": ("lower-strong", dict(B=2, T=33)),
     "lower-weak, packs, v-first": ("lower-weak", dict(lengths=(1, 0, 64, 17), state_v_first=True)),
     "softplus-init, grouped heads": ("softplus-init", dict(T=65, HV=4)),
@@ -39,23 +40,29 @@ CASES = {
         "zero",
         dict(T=16, g_dtype=BF16, allow_neg_eigval=True, state_v_first=True),
     ),
-    "no token": ("lower-weak", dict(lengths=(0, 0))),
-    # On Hopper the cases above run in clusters, and no slot twice. These use every slot again, in clusters of 8, of 5 (18
-    # items of work), of 4 or 3 (30), of 2 (60) and, with 72 items, in single CTAs; of those but a few have no token, and
-    # cost little. With 144 items CTAs have several sequences each.
+    # The cases above use no slot twice. These do, in clusters of 8, of 5 (18 items of work), of 4 or 3 (30) and of 2 (60); but
+    # for one sequence they have no tokens, and cost little.
     "one head, all slots twice": ("lower-weak", dict(T=49 * 32 + 1, H=1)),
     "one head, all slots twice, fp32 g": ("softplus-resets", dict(T=49 * 32 + 1, H=1, g_dtype=FP32)),
-    "18 items": ("lower-strong", dict(lengths=(31 * 32 + 1, *(0,) * 8), H=2)),
-    "30 items": ("lower-strong", dict(lengths=(25 * 32 + 1, *(0,) * 14), H=2)),
-    "60 items": ("softplus-resets", dict(lengths=(17 * 32 + 1, *(0,) * 29), H=2)),
-    "single CTAs": ("lower-strong", dict(lengths=(13 * 32 + 1, *(0,) * 35), H=2)),
+    "18 items": ("lower-strong", dict(lengths=(31 * 32 + 1, *(0,) * 8))),
+    "30 items": ("lower-strong", dict(lengths=(25 * 32 + 1, *(0,) * 14))),
+    "60 items": ("softplus-resets", dict(lengths=(17 * 32 + 1, *(0,) * 29))),
+}
+
+# Without any, or without a token. Single CTAs use all slots twice; of the shared ones, with 144 items, each has several
+# sequences.
+CTA_CASES = {
+    "no token": ("lower-weak", dict(lengths=(0, 0))),
+    "single CTAs": ("lower-strong", dict(lengths=(13 * 32 + 1, *(0,) * 35))),
     "single CTAs, fp32 g": (
         "mixed-channels",
-        dict(lengths=(11 * 32 + 1, *(0,) * 35), H=2, state_v_first=True),
+        dict(lengths=(11 * 32 + 1, *(0,) * 35), state_v_first=True),
     ),
-    "shared CTAs": ("lower-strong", dict(lengths=(33, 0, 5, 64) * 18, H=2)),
-    "shared CTAs, fp32 g": ("softplus-init", dict(lengths=(33, 0, 5, 64) * 18, H=2, g_dtype=FP32)),
+    "shared CTAs": ("lower-strong", dict(lengths=(33, 0, 5, 64) * 18)),
+    "shared CTAs, fp32 g": ("softplus-init", dict(lengths=(33, 0, 5, 64) * 18, g_dtype=FP32)),
 }
+
+CASES = {**CLUSTER_CASES, **CTA_CASES}
 
 DECODE_CASES = {
     "one token": ("lower-weak", dict(N=3, T=1)),
@@ -73,7 +80,7 @@ def decode(kernel) -> None:
     for name, (gate, options) in DECODE_CASES.items():
         x = decoding.inputs_for(gate, **options)
         results = [*kernel.fused_recurrent_kda(**x)]
-        shifted = {name: misaligned(x[name]) for name in ("q", "k", "v", "g", "beta")}
+        shifted = {name: misaligned(x[name]) for name in TOKEN_INPUTS}
         results += kernel.fused_recurrent_kda(**x | shifted)
         if x["initial_state"] is not None:
             results += kernel.fused_recurrent_kda(**x, inplace_final_state=True)
@@ -133,7 +140,7 @@ def prefill(kernel, name: str) -> None:
     gate, options = CASES[name]
     inputs = inputs_for(gate, **{"H": 2, **options})
     o, final_state = kernel.chunk_kda(**inputs)
-    shifted = {name: misaligned(inputs[name]) for name in ("q", "k", "v", "g", "beta")}
+    shifted = {name: misaligned(inputs[name]) for name in TOKEN_INPUTS}
     o_shifted, _ = kernel.chunk_kda(**{**inputs, **shifted})
     o_portable = torch.empty_like(o)
     kernel.ops.kda_prefill(*op_arguments(inputs, o_portable, None, portable=True))

@@ -10,21 +10,19 @@ import pytest
 import torch
 from harness import (
     DEVICE,
-    TOLERANCE,
+    TOKEN_INPUTS,
     assert_accurate,
-    call_op,
-    guarded_out,
-    guarded_state,
+    assert_intermediate_states,
+    assert_nan_and_nothing_else,
+    assert_same_at_odd_addresses,
     inputs_for,
     launches,
-    misaligned,
     run_op,
     sequences,
 )
-from kda_inputs import prefix_states, rel_rms
+from kda_inputs import rel_rms
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
 
 # Both kernels round the same factors and differ in the order of sums, so that here and there a number is
 # rounded to bf16 the other way. One rounding of everything is 1.7e-3.
@@ -106,7 +104,7 @@ def test_a_head_does_not_depend_on_how_many_there_are(kernel_package, gate):
     every = inputs_for(gate, T=301, H=72)
     o, final_state = run_op(kernel_package, every)
     for heads in (60, 40, 30, 18, 2):
-        few = {name: x[:, :, :heads] for name, x in every.items() if name in ("q", "k", "v", "g", "beta")}
+        few = {name: x[:, :, :heads] for name, x in every.items() if name in TOKEN_INPUTS}
         few |= {name: every[name][:heads] for name in ("A_log", "dt_bias")}
         few["initial_state"] = every["initial_state"][:, :heads].contiguous()
         found = run_op(kernel_package, every | few)
@@ -154,9 +152,7 @@ def test_order_of_the_sequences_changes_nothing(kernel_package):
 def test_rows_at_odd_addresses(kernel_package, items):
     """Loaded element by element, for the same bits."""
     inputs = inputs_for("softplus-init", T=301, **SHAPES[items])
-    shifted = {name: misaligned(inputs[name]) for name in TOKEN_INPUTS}
-    found, expected = run_op(kernel_package, {**inputs, **shifted}), run_op(kernel_package, inputs)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    assert_same_at_odd_addresses(kernel_package, inputs)
 
 
 @pytest.mark.parametrize("H", [1, 9, 15, 20, 30, 36])
@@ -164,21 +160,11 @@ def test_bad_cu_seqlens(kernel_package, H):
     """Two sequences: every CTA of a cluster leaves at once, and between them all is NaN and nothing else."""
     inputs = inputs_for("lower-weak", lengths=(50, 50), H=H)
     inputs["cu_seqlens"] += torch.tensor([0, 51, 0], device=DEVICE)
-    out_buffer, out = guarded_out(inputs)
-    state_buffer, final_state = guarded_state(inputs, FP32)
-    out.zero_()
-    final_state.zero_()
-    call_op(kernel_package, inputs, out, final_state)
-    assert out.isnan().all() and final_state.isnan().all()
-    assert out_buffer.isnan().sum() == out.numel() and state_buffer.isnan().sum() == final_state.numel()
+    assert_nan_and_nothing_else(kernel_package, inputs)
 
 
 @pytest.mark.parametrize("H", [1, 9, 15, 20, 30, 36])
 def test_intermediate_states(kernel_package, H):
     """Two sequences of eight chunks; where they meet, states of 64 tokens have their own places."""
     inputs = inputs_for("lower-weak", lengths=(193, 63), H=H, state_v_first=H % 2 == 0)
-    o, final_state, states = kernel_package.chunk_kda(**inputs, return_intermediate_states=True)
-    plain = kernel_package.chunk_kda(**inputs)
-    assert torch.equal(o, plain[0]) and torch.equal(final_state, plain[1])
-    expected = prefix_states(kernel_package.reference, inputs)
-    assert rel_rms(expected, states.double()) <= TOLERANCE
+    assert_intermediate_states(kernel_package, inputs)

@@ -12,21 +12,20 @@ import pytest
 import torch
 from harness import (
     DEVICE,
+    TOKEN_INPUTS,
     TOLERANCE,
-    call_op,
-    guarded_out,
-    guarded_state,
+    assert_intermediate_states,
+    assert_nan_and_nothing_else,
+    assert_same_at_odd_addresses,
     inputs_for,
     launches,
-    misaligned,
     reference,
     run_op,
     sequences,
 )
-from kda_inputs import prefix_states, rel_rms
+from kda_inputs import rel_rms
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
 
 pytestmark = pytest.mark.usefixtures("each_kernel")
 
@@ -114,17 +113,12 @@ def test_padded_batch(kernel_package, B, T):
 
 def test_rows_at_odd_addresses(kernel_package):
     inputs = inputs_for("softplus-init", lengths=PACKS["90-mixed"], H=H)
-    shifted = {name: misaligned(inputs[name]) for name in TOKEN_INPUTS}
-    found, expected = run_op(kernel_package, {**inputs, **shifted}), run_op(kernel_package, inputs)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    assert_same_at_odd_addresses(kernel_package, inputs)
 
 
 def test_intermediate_states(kernel_package):
     inputs = inputs_for("lower-weak", lengths=PACKS["32-mixed"], H=H)
-    o, final_state, states = kernel_package.chunk_kda(**inputs, return_intermediate_states=True)
-    plain = kernel_package.chunk_kda(**inputs)
-    assert torch.equal(o, plain[0]) and torch.equal(final_state, plain[1])
-    assert rel_rms(prefix_states(kernel_package.reference, inputs), states.double()) <= TOLERANCE
+    assert_intermediate_states(kernel_package, inputs)
 
 
 def test_nan_stays_in_its_sequence(kernel_package):
@@ -144,10 +138,4 @@ def test_nan_stays_in_its_sequence(kernel_package):
 def test_bad_cu_seqlens(kernel_package):
     inputs = inputs_for("lower-weak", lengths=[40] * 100, H=H)
     inputs["cu_seqlens"][50] += 41
-    out_buffer, out = guarded_out(inputs)
-    state_buffer, final_state = guarded_state(inputs, FP32)
-    out.zero_()
-    final_state.zero_()
-    call_op(kernel_package, inputs, out, final_state)
-    assert out.isnan().all() and final_state.isnan().all()
-    assert out_buffer.isnan().sum() == out.numel() and state_buffer.isnan().sum() == final_state.numel()
+    assert_nan_and_nothing_else(kernel_package, inputs)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import TOLERANCE, inputs_for
-from kda_inputs import GATES, prefix_states, rel_rms
+from harness import (
+    assert_intermediate_states,
+    inputs_for,
+)
+from kda_inputs import GATES
 
 LENGTHS = (64, 0, 1, 63, 65, 128, 200, 31, 97)
 
@@ -16,11 +19,8 @@ LENGTHS = (64, 0, 1, 63, 65, 128, 200, 31, 97)
 def test_states(kernel_package, gate, packed, v_first):
     shape = dict(lengths=LENGTHS) if packed else dict(B=2, T=200)
     inputs = inputs_for(gate, H=1, HV=2, state_v_first=v_first, **shape)
-    o, final_state, states = kernel_package.chunk_kda(**inputs, return_intermediate_states=True)
-    plain = kernel_package.chunk_kda(**inputs)
-    assert torch.equal(o, plain[0]) and torch.equal(final_state, plain[1])
+    states = assert_intermediate_states(kernel_package, inputs)
     assert states.dtype == torch.bfloat16
-    assert rel_rms(prefix_states(kernel_package.reference, inputs), states.double()) <= TOLERANCE
 
 
 def test_bad_bounds_poison_the_states(kernel_package):

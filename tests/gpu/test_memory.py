@@ -9,10 +9,11 @@ import torch
 from harness import (
     DEVICE,
     SENTINEL,
+    TOKEN_INPUTS,
     TOLERANCE,
     assert_accurate,
+    assert_nan_and_nothing_else,
     call_op,
-    guarded_out,
     guarded_state,
     inputs_for,
     run_op,
@@ -22,7 +23,6 @@ from kda_inputs import conv_layout, rel_rms, to_float64
 pytestmark = pytest.mark.usefixtures("each_kernel")
 
 BF16 = torch.bfloat16
-TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
 NAN = math.nan
 
 
@@ -177,13 +177,7 @@ def test_bad_cu_seqlens_gives_nan_everywhere(kernel_package, bounds, index_dtype
     inputs = inputs_for("lower-weak", lengths=[100] + [0] * (len(values) - 2), H=2)
     good = inputs["cu_seqlens"]
     inputs["cu_seqlens"] = torch.tensor(values, dtype=index_dtype, device=DEVICE)
-    out_buffer, out = guarded_out(inputs)
-    out.zero_()
-    state_buffer, final_state = guarded_state(inputs, torch.float32)
-    final_state.zero_()
-    call_op(kernel_package, inputs, out, final_state)
-    assert out.isnan().all() and final_state.isnan().all()
-    assert out_buffer.isnan().sum() == out.numel() and state_buffer.isnan().sum() == final_state.numel()
+    assert_nan_and_nothing_else(kernel_package, inputs)
     inputs["cu_seqlens"] = good
     assert_accurate(kernel_package, inputs, run_op(kernel_package, inputs))
 

@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DEVICE, TOLERANCE, assert_accurate, inputs_for, op_arguments
+from harness import (
+    DEVICE,
+    TOKEN_INPUTS,
+    TOLERANCE,
+    assert_accurate,
+    inputs_for,
+    op_arguments,
+)
 from kda_inputs import new_results_arguments, rel_rms, to_float64
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN_INPUTS = ("q", "k", "v", "g", "beta")
 
 
 def copy_into(static: dict, fresh: dict) -> None:

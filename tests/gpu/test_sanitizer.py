@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import inputs_for
-from sanitizer_case import CASES, PARTS
+from sanitizer_case import CLUSTER_CASES, PARTS
 
 CASE = Path(__file__).with_name("sanitizer_case.py")
 KERNEL_NAME = "kda"  # a part of every one of our kernels' names: only these are instrumented
@@ -45,7 +45,7 @@ def parts(tool: str) -> list[str]:
     what runs without any, or without tokens. What clusters may not do, the emulator's random orders look for."""
     if tool != "racecheck" or torch.cuda.get_device_capability() != (9, 0):
         return list(PARTS)
-    return [name for name in PARTS if name not in CASES or "CTAs" in name or name == "no token"]
+    return [name for name in PARTS if name not in CLUSTER_CASES]
 
 
 @pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not installed")
