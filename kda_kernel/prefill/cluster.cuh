@@ -19,9 +19,9 @@ __device__ void chain_role(const KernelParams<S>& p, const SharedMap<S>& shared,
   const int lane = threadIdx.x % 32;
   const Item item = Item::load(shared, 0).uniform();
   const int first_row = (rank * S::kStateWarps + warp) * kRowsPerStateWarp;  // of the warp's in S
-  const int64_t state_offset = (static_cast<int64_t>(item.index) * p.num_heads + head) * kHeadDim * kHeadDim;
+  const int64_t state = state_offset(p, item, head);
   StateFragment s = {};
-  read_initial_state(s, p.initial_state, state_offset, first_row, lane);
+  read_initial_state(s, p.initial_state, state, first_row, lane);
 
   const uint32_t total_lane = S::kTotal + total_offset(2 * (lane % 4));
   IntermediateStates intermediate(p, item.index);
@@ -56,7 +56,7 @@ __device__ void chain_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     __syncwarp();
     if (lane == 0) barrier_arrive(output_ready);
   }
-  write_final_state(s, p.final_state, state_offset, first_row, lane);
+  write_final_state(s, p.final_state, state, first_row, lane);
 }
 
 // The chunks that come to the slots of a CTA, one for each chunk that leaves one: in the same slot, the next of its own or
@@ -115,7 +115,7 @@ __device__ void value_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     if (guest && lane == 0) barrier_arrive_expecting(ready, S::kFactorBytes);
     ChunkLoader<S> loader = values;
     loader.skip(chunk);
-    loader.load(p, shared.slot(slot) + S::kV, ready, 0, valid, ChunkLoader<S>::kTensorV, lane);
+    loader.load(p, shared.slot(slot) + S::kV, ready, valid, ChunkLoader<S>::kTensorV, lane);
     const int ahead = shared.ring.num_slots() * kChunk;
     loader.prefetch(p, ahead, valid - ahead, ChunkLoader<S>::kTensorV, lane);
   };

@@ -172,10 +172,10 @@ struct ChunkLoader {
   // Where in a slot the warp's tensor lies, of q, k and g.
   static __device__ __forceinline__ uint32_t panel(int warp) { return S::kQ + (tensor(warp) - 1) * kPanelBytes; }
 
-  // Starts the chunk's way to `panel`, which is free, and goes on by `chunks`. `valid` tokens are left, at least one; the
-  // warp has arrived at `ready`, a lane each, when its part is there.
-  __device__ __forceinline__ void load(const KernelParams<S>& p, uint32_t panel, uint32_t ready, int chunks, int valid,
-                                       int warp, int lane) {
+  // Starts the chunk's way to `panel`, which is free. `valid` tokens are left, at least one; the warp has arrived at `ready`, a
+  // lane each, when its part is there.
+  __device__ __forceinline__ void load(const KernelParams<S>& p, uint32_t panel, uint32_t ready, int valid, int warp,
+                                       int lane) {
     if constexpr (S::kTensors) {
       if (p.loads && valid >= kChunk) {
         if (lane == 0) {
@@ -187,7 +187,6 @@ struct ChunkLoader {
           }
           barrier_arrive_many(ready, 32);
         }
-        skip(chunks);
         return;
       }
     }
@@ -197,7 +196,6 @@ struct ChunkLoader {
     } else {
       barrier_arrive(ready);
     }
-    skip(chunks);
   }
 
   // In a single CTA: how many chunks ahead of the state the warp loads.
@@ -219,7 +217,7 @@ struct ChunkLoader {
                                             int valid, int warp, int lane) {
     const bool is_v = tensor(warp) == kTensorV;
     const uint32_t place = is_v ? shared.values(value_place) : shared.slot(slot) + panel(warp);
-    load(p, place, is_v ? shared.factors_ready(slot) : shared.raw_ready(slot), 1, valid, warp, lane);
+    load(p, place, is_v ? shared.factors_ready(slot) : shared.raw_ready(slot), valid, warp, lane);
   }
 };
 
@@ -237,8 +235,9 @@ __device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, 
   for (int token = rank * kChunk; token < item.length; token += step) {
     await_reuse(shared, ring);
     const int valid = item.length - token;
-    loader.load(p, shared.slot(ring.slot) + loader.panel(warp), shared.raw_ready(ring.slot), ctas, valid, warp, lane);
-    loader.prefetch(p, ahead - step, valid - ahead, warp, lane);
+    loader.load(p, shared.slot(ring.slot) + loader.panel(warp), shared.raw_ready(ring.slot), valid, warp, lane);
+    loader.prefetch(p, ahead, valid - ahead, warp, lane);
+    loader.skip(ctas);
     ring.advance(1, shared.ring.own_slots);
   }
 }

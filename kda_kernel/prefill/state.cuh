@@ -105,6 +105,11 @@ __device__ __forceinline__ void store_state(const StateFragment& s, Elem* state,
   }
 }
 
+// A head's first element in a tensor of states.
+__device__ __forceinline__ int64_t state_offset(const PrefillParams& p, const Item& item, int head) {
+  return (static_cast<int64_t>(item.index) * p.num_heads + head) * kHeadDim * kHeadDim;
+}
+
 // From and to a tensor of states, at the head's first element, where there is one.
 __device__ __forceinline__ void read_initial_state(StateFragment& s, const StateTensor& state, int64_t offset,
                                                    int first_row, int lane) {
@@ -307,10 +312,10 @@ __device__ void state_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     const Item item = Item::load(shared, number).uniform();
     if (!item.exists()) break;
     const Sequence sequence = item.sequence();
-    const int64_t state_offset = (static_cast<int64_t>(item.index) * p.num_heads + head) * kHeadDim * kHeadDim;
+    const int64_t state = state_offset(p, item, head);
     IntermediateStates intermediate(p, item.index);
     StateFragment s = {};
-    read_initial_state(s, p.initial_state, state_offset, first_row, lane);
+    read_initial_state(s, p.initial_state, state, first_row, lane);
     engine.settle(s);  // or S would be moved to other registers in each chunk
     for (int token = 0; token < sequence.length; token += kChunk) {
       const uint32_t slot = shared.slot(ring.slot);
@@ -355,7 +360,7 @@ __device__ void state_role(const KernelParams<S>& p, const SharedMap<S>& shared,
         pieces.store(p, out + token * p.out.token_stride, sequence.length - token, lane);
       }
     }
-    write_final_state(s, p.final_state, state_offset, first_row, lane);
+    write_final_state(s, p.final_state, state, first_row, lane);
   }
   if (S::kStaged && lane == 0) bulk_wait_read();
 }

@@ -67,7 +67,8 @@ struct KernelParams<S, true> : PrefillParams {
             describe_rows<Elem>(inputs[1], p.q, batches, tokens, qk_heads, kHalfChannels) &&
             describe_rows<Elem>(inputs[2], p.k, batches, tokens, qk_heads, kHalfChannels) &&
             describe_rows<GElem>(inputs[3], p.g, batches, tokens, heads, kRowBytes / sizeof(GElem));
-    stores = p.out_aligned && describe_rows<Elem>(output, p.out, batches, tokens, heads, S::kCluster ? kHalfChannels : kRowsPerStateWarp);
+    const int columns = S::kCluster ? kHalfChannels : kRowsPerStateWarp;
+    stores = p.out_aligned && describe_rows<Elem>(output, p.out, batches, tokens, heads, columns);
   }
 };
 
