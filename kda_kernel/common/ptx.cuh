@@ -16,7 +16,7 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
 
 // The same number, of which the compiler knows nothing: what depends on it is computed where it is used, not kept in a
 // register from before a loop.
-__device__ __forceinline__ int opaque(int x) {
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -72,6 +72,11 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
                                             d[0], d[1], d[2], d[3]);
 }
 
+// D[16, 8] += A[16, 8] B[8, 8]; any register may be A's and B's.
+__device__ __forceinline__ void mma_bf16_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  cute::SM80_16x8x8_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a0, a1, b, d[0], d[1], d[2], d[3]);
+}
+
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(packed);
@@ -79,6 +84,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
   return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+}
+
+// x y + z of two pairs of bf16, each rounded once.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(y), "r"(z));
+  return d;
 }
 
 // Bit 15 of each half word in all bits of the half. (__byte_perm() takes no signs.)
@@ -260,6 +272,10 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_meet_relaxed() {
+  cluster_arrive_relaxed();
+  cluster_wait();
+}
 
 // The same that does order them: a CTA may leave after it.
 __device__ __forceinline__ void cluster_sync() {

@@ -124,7 +124,6 @@ __device__ void value_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     const bool guest = slot >= shared.ring.own_slots;
     load(guest ? arrivals.next_guest() : slot * shared.num_ctas + rank, slot, guest);
   }
-  cluster_wait();
   Release<S> release(shared, rank, lane);
   release.invite(shared);
   ChunkPlace place{.rank = rank};

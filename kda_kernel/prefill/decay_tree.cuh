@@ -43,7 +43,7 @@ struct TileFactors {
   // Room for sixteen bytes of a lane, `piece` 0 to 2: where T_inv and Aqk of the tile will be, and below them T_inv of both
   // tiles for the first, Aqk for the second. If these will be in the gate's place: where the tile's gate was, of the second
   // half, which is done with.
-  __device__ __forceinline__ uint32_t parking(int piece, int lane) const {
+  __device__ __forceinline__ uint32_t parking(int piece, uint32_t lane) const {
     if constexpr (S::kPairsInGate) return slot + S::kTInv + tile * kTileRows + piece * 512 + lane * 16;
     const uint32_t below = slot + S::kTInv + kPairTile + tile * (S::kAqk - S::kTInv);
     return (piece == 0 ? t_inv() : piece == 1 ? aqk() : below) + pair_block_rows(lane);
@@ -62,7 +62,7 @@ __device__ __forceinline__ uint32_t at_token(uint32_t first, int t) { return (fi
 // Where a lane finds its row of the A operand of a pair product in half a panel: k and q of the same eight tokens, columns
 // 0-7, then 8-15.
 template <class S>
-__device__ __forceinline__ uint32_t pair_rows(const TileFactors<S>& to, int half, int lane) {
+__device__ __forceinline__ uint32_t pair_rows(const TileFactors<S>& to, int half, uint32_t lane) {
   return (lane / 8 % 2 ? to.q_tile() : to.k_tile()) + half * kHalfBytes + swizzled(lane % 8, lane / 16);
 }
 
@@ -136,7 +136,7 @@ __device__ __forceinline__ void top_level(float (&products)[4], const float (&q)
 // Each pair from the level at which its tokens part, the highest bit in which their numbers differ; the diagonal, which
 // no decay touches, from the lanes' own sums.
 __device__ __forceinline__ void add_levels(PairSums& sums, const float (&levels)[kLaneLevels][2][4],
-                                           const float (&diagonal)[2], int lane) {
+                                           const float (&diagonal)[2], uint32_t lane) {
   const int row = lane / 4, pair = 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void add_levels(PairSums& sums, const float (&levels)
 // The decays of a block of the half's channels, 1 for tokens past the end; `gate` and `bias` are the half's.
 template <GateKind kGate, class S>
 __device__ __forceinline__ void decay_block(float (&a)[8], uint32_t gate, int block, uint32_t bias, const GateScale& scale,
-                                            int valid, int lane) {
+                                            int valid, uint32_t lane) {
   constexpr int kUnitChannels = 16 / sizeof(typename S::GElem), kRowChannels = kRowBytes / sizeof(typename S::GElem);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -178,7 +178,7 @@ __device__ __forceinline__ void decay_block(float (&a)[8], uint32_t gate, int bl
 // Half the channels of a tile, in place; `bias` is the half's.
 template <GateKind kGate, class S>
 __device__ __forceinline__ void decay_tree(PairSums& sums, const TileFactors<S>& to, uint32_t bias,
-                                           const GateScale& gate_scale, int valid, int lane) {
+                                           const GateScale& gate_scale, int valid, uint32_t lane) {
   const float2 norm[2] = {load_shared_float2(to.norms() + lane / 4 * 8),
                           load_shared_float2(to.norms() + (8 + lane / 4) * 8)};
   float levels[kLaneLevels][2][4] = {}, diagonal[2] = {};

@@ -41,7 +41,7 @@ __device__ __forceinline__ float beta_value(const PrefillParams& p, uint32_t bit
 // a warp for each. `round` counts the rounds of the cluster's CTAs before the chunk.
 template <class S>
 __device__ __forceinline__ void copy_factors(const SharedMap<S>& shared, const RingPosition& own, int round, int rank,
-                                             int lane) {
+                                             uint32_t lane) {
   constexpr int kPartLanes = 32 / S::kParts;
   const int cta = lane / kPartLanes, piece = lane % kPartLanes;
   const int panel = piece / kHalves, half = piece % kHalves;
@@ -75,7 +75,7 @@ struct Team {
 // past a fence of each writing lane.
 template <GateKind kGate, bool kAsyncProxy, class S>
 __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, int rank, int warp) {
-  const int warp_lane = opaque(threadIdx.x % 32);
+  const uint32_t warp_lane = opaque(threadIdx.x % 32);
   const Team<S> team{.index = warp / S::kTeamWarps};
   if (team.index >= shared.ring.num_teams) return;
   const int num_ctas = shared.num_ctas;
@@ -84,7 +84,7 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
   ChunkWalk<S> walk(shared, team.index * num_ctas + rank);
   for (int round = team.index; __all_sync(~0u, walk.reach(shared));  // the same in all lanes, for the compiler, too
        round += shared.ring.num_teams, walk.skip(shared.ring.num_teams * num_ctas)) {
-    const int lane = opaque(warp_lane);
+    const uint32_t lane = opaque(warp_lane);
     TileFactors<S> to{.slot = shared.slot(ring.slot),
                       .scratch = shared.scratch(team.index),
                       .tile = S::kWholeTiles ? warp % kTiles : warp % S::kTeamWarps / kHalves,

@@ -12,7 +12,7 @@ namespace kda::prefill {
 using CrossSums = float[2][2][4];
 
 template <class S>
-__device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactors<S>& to, int lane) {
+__device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactors<S>& to, uint32_t lane) {
 #pragma unroll 1
   for (int half = 0; half < kHalves; ++half) {
     const uint32_t rows = pair_rows(to, half, lane);
@@ -22,11 +22,11 @@ __device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactor
       uint32_t a[2][4], b[4];
       ldmatrix_x4(a[0], rows ^ block * 32);
       ldmatrix_x4(a[1], (rows ^ block * 32) + kGroupRows);
-      ldmatrix_x4(b, columns + block_rows(block, lane));
+      ldmatrix_x4(b, columns + block_columns(block, lane));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) mma_bf16(sums[r][c], a[r], b[c], b[2 + c]);
+        for (int c = 0; c < 2; ++c) mma_bf16(sums[r][c], a[r], b[2 * c], b[2 * c + 1]);
       }
     }
   }
@@ -34,11 +34,16 @@ __device__ __forceinline__ void multiply_cross(CrossSums& sums, const TileFactor
 
 // A tile's rows of a panel times the other tile's decays: a lane takes a unit, lane % 16 over both halves, of every second
 // token.
-__device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint32_t total, int lane) {
+__device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint32_t total, uint32_t lane) {
   uint32_t first = rows + lane % 16 / 8 * half_stride + swizzled(lane / 16, lane % 8);
-  float2 pairs[4];
+  uint32_t high[4], low[4];  // the decays as sums of two bf16: a product with both, rounded once, is as good as in fp32
 #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = load_shared_float2(total + total_offset(8 * (lane % 16) + 2 * i));
+  for (int i = 0; i < 4; ++i) {
+    const float2 decay = load_shared_float2(total + total_offset(8 * (lane % 16) + 2 * i));
+    high[i] = pack_bf16(decay.x, decay.y);
+    const float2 rounded = unpack_bf16(high[i]);
+    low[i] = pack_bf16(decay.x - rounded.x, decay.y - rounded.y);
+  }
 #pragma unroll 1
   for (int begin = 0; begin < kTile; begin += 8, first += 8 * kRowBytes) {
     uint4 x[4];
@@ -49,8 +54,7 @@ __device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint3
       uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const float2 value = unpack_bf16(words[w]);
-        words[w] = pack_bf16(value.x * pairs[w].x, value.y * pairs[w].y);
+        words[w] = fma_bf16x2(words[w], high[w], fma_bf16x2(words[w], low[w], 0));
       }
       store_shared_uint4(at_token(first, 2 * i), make_uint4(words[0], words[1], words[2], words[3]));
     }
@@ -61,7 +65,7 @@ __device__ __forceinline__ void scale_rows(uint32_t rows, int half_stride, uint3
 //   -T_1 (Akk T_0) = -(M + (T_1 - I) M),   M = Akk + Akk (T_0 - I),
 // where what the unit diagonals give stays in fp32.
 template <class S>
-__device__ __forceinline__ void join_inverses(const CrossSums& sums, float beta, uint32_t slot, int lane) {
+__device__ __forceinline__ void join_inverses(const CrossSums& sums, float beta, uint32_t slot, uint32_t lane) {
   uint32_t a[4], first[4], second[4];
   float m[2][4], t[2][4];  // [column group]
 #pragma unroll
@@ -96,14 +100,14 @@ __device__ __forceinline__ void join_inverses(const CrossSums& sums, float beta,
 enum Rescaled { kFirstKsuf, kSecondQ, kSecondK };
 
 template <class S>
-__device__ __forceinline__ void rescale(Rescaled what, const TileFactors<S>& to, int lane) {
+__device__ __forceinline__ void rescale(Rescaled what, const TileFactors<S>& to, uint32_t lane) {
   const uint32_t rows = what == kFirstKsuf ? S::kKsuf : (what == kSecondQ ? S::kQ : S::kK) + kTileRows;
   scale_rows(to.slot + rows, what == kFirstKsuf ? S::kKsufHalf : kHalfBytes, to.total(what == kFirstKsuf ? 1 : 0), lane);
 }
 
 // The decays of the whole chunk.
 template <class S>
-__device__ __forceinline__ void join_totals(const TileFactors<S>& to, int lane) {
+__device__ __forceinline__ void join_totals(const TileFactors<S>& to, uint32_t lane) {
 #pragma unroll
   for (int i = 0; i < kHeadDim / 64; ++i) {
     const uint32_t place = total_offset(2 * (lane + 32 * i));
@@ -115,7 +119,7 @@ __device__ __forceinline__ void join_totals(const TileFactors<S>& to, int lane) 
 // The sums of both halves of the channels, for the warps that add them; after it Aqk and T_inv may take the place where they
 // were parked, and have zeros in their upper triangles.
 template <class S, class Team>
-__device__ __forceinline__ void take_parked(PairSums& sums, const TileFactors<S>& to, bool adds, int lane, const Team& team) {
+__device__ __forceinline__ void take_parked(PairSums& sums, const TileFactors<S>& to, bool adds, uint32_t lane, const Team& team) {
   if (adds) add_parked(sums, to, lane);
   if constexpr (!S::kPairsInGate) {
     __syncwarp();  // the place is the warp's own
@@ -130,7 +134,7 @@ __device__ __forceinline__ void take_parked(PairSums& sums, const TileFactors<S>
 // What the tiles need of each other, in two steps with a meeting between them. With four warps the second halves' have the
 // products between the tiles and what follows from them. (That they also rescale while the first halves' invert was slower.)
 template <class S, class Team>
-__device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, float beta, int lane, const Team& team) {
+__device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, float beta, uint32_t lane, const Team& team) {
   CrossSums cross = {};
   if constexpr (S::kWholeTiles) {
     take_parked(sums, to, true, lane, team);

@@ -119,15 +119,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (S::kTensors) fence_barrier_init();
   }
   __syncthreads();
-  // Loads begin at once. Who tells another CTA something waits for the cluster before; copies to it wait to be told.
-  if constexpr (S::kCluster) cluster_arrive_relaxed();
+  if constexpr (S::kCluster) cluster_meet_relaxed();  // every CTA's barriers stand before another arrives there
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform to the compiler, as the roles are
   if (warp < S::kStateWarps) {
     Engine::take_state_registers();
     if constexpr (S::kCluster) {
       if (rank < S::kParts) chain_role<Engine>(p, shared, head, rank, warp);
-      cluster_wait();
     } else {
       state_role<Engine>(p, shared, head, warp);
     }
@@ -135,15 +133,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     Engine::take_factor_registers();
     prepare_factors<kGate>(p, shared, A_log, bias, factor_thread);
     factor_role<kGate, Engine::kReadsThroughAsyncProxy>(p, shared, rank, warp - S::kStateWarps);
-    if constexpr (S::kCluster) cluster_wait();
   } else if constexpr (S::kCluster) {
     Engine::take_load_registers();
     const int load_warp = warp - S::kStateWarps - S::kFactorWarps;
-    if (load_warp == ChunkLoader<S>::kTensorV && rank < S::kParts) {
+    if (load_warp != ChunkLoader<S>::kTensorV) {
+      load_role(p, shared, head, rank, load_warp);
+    } else if (rank < S::kParts) {
       value_role(p, shared, head, rank);
-    } else {
-      if (load_warp != ChunkLoader<S>::kTensorV) load_role(p, shared, head, rank, load_warp);
-      cluster_wait();
     }
   }
   if constexpr (S::kCluster) cluster_sync();  // no CTA leaves while another may write to it

@@ -62,7 +62,7 @@ __device__ __forceinline__ uint32_t common_resets(uint32_t resets) {
 __device__ __forceinline__ int segment_number(uint32_t tokens, int token) { return __popc(tokens & ((2u << token) - 2)); }
 
 // Products of tokens in two segments become 0.
-__device__ __forceinline__ void keep_inside_segments(PairSums& sums, uint32_t tokens, int lane) {
+__device__ __forceinline__ void keep_inside_segments(PairSums& sums, uint32_t tokens, uint32_t lane) {
   const auto keep = [&](float (&sum)[4], int first_row, int first_column) {
     const int row = segment_number(tokens, first_row + lane / 4);
 #pragma unroll
@@ -100,14 +100,14 @@ __device__ __forceinline__ void clear_across_tokens(const TileFactors<S>& to, ui
 // Products inside a tile over half the channels, as multiply_pairs() makes them, of tokens of the same segment.
 // `resets` is that of the lane's pair of channels.
 template <class S>
-__device__ __forceinline__ void multiply_segments(PairSums& sums, const TileFactors<S>& to, uint32_t resets, int lane) {
+__device__ __forceinline__ void multiply_segments(PairSums& sums, const TileFactors<S>& to, uint32_t resets, uint32_t lane) {
   const uint32_t rows = pair_rows(to, to.half, lane);
 #pragma unroll 1
   for (int block = 0; block < kHalfBlocks; ++block) {
     uint32_t low[4], high[4], b[4];
     ldmatrix_x4(low, rows ^ block * 32);
     ldmatrix_x4(high, (rows ^ block * 32) + kGroupRows);
-    ldmatrix_x4(b, to.inverse() + block_rows(block, lane));
+    ldmatrix_x4(b, to.inverse() + block_columns(block, lane));
     // All fragments have token lane / 4, and that eight further, of channels 8 h + 2 (lane % 4) and the next. Their
     // segments' numbers are the resets up to the token, but those at token 0, which nothing precedes: at most 15. A
     // half word has the bit 15 - number.
@@ -136,14 +136,14 @@ __device__ __forceinline__ void multiply_segments(PairSums& sums, const TileFact
           low_part[i] = low[i] & low_mask;
           high_part[i] = high[i] & high_mask;
         }
-        b_part[2 * h] = b[2 * h] & low_mask;
-        b_part[2 * h + 1] = b[2 * h + 1] & high_mask;
+        b_part[h] = b[h] & low_mask;
+        b_part[2 + h] = b[2 + h] & high_mask;
         segment[h][0] <<= 1;
         segment[h][1] <<= 1;
       }
-      mma_bf16(sums.group[0], low_part, b_part[0], b_part[2]);
-      mma_bf16(sums.group[1], high_part, b_part[1], b_part[3]);
-      mma_bf16(sums.across, high_part, b_part[0], b_part[2]);
+      mma_bf16(sums.group[0], low_part, b_part[0], b_part[1]);
+      mma_bf16(sums.group[1], high_part, b_part[2], b_part[3]);
+      mma_bf16(sums.across, high_part, b_part[0], b_part[1]);
     }
   }
 }

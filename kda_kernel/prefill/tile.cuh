@@ -19,12 +19,12 @@ constexpr float kBoundNormalised = -116.0f;
 constexpr float kBoundRaw = -64.0f;
 
 // The diagonal of an 8 x 8 product lies in the lanes whose row lane / 4 is one of their columns 2 (lane % 4) + x.
-__device__ __forceinline__ bool on_diagonal(int lane) { return lane / 8 == lane % 4; }
-__device__ __forceinline__ int diagonal_column(int lane) { return lane / 4 % 2; }
+__device__ __forceinline__ bool on_diagonal(uint32_t lane) { return lane / 8 == lane % 4; }
+__device__ __forceinline__ int diagonal_column(uint32_t lane) { return lane / 4 % 2; }
 
 // Per token the factor on q (tensor 0) or on k (1), with its norm: sums of squares are the diagonal of x x^T. `rows` are
 // the tile's.
-__device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int tensor, float scale, bool l2norm, int lane) {
+__device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int tensor, float scale, bool l2norm, uint32_t lane) {
   const float factor = tensor == 0 ? scale : 1.0f;
   const uint32_t place = norms + tensor * 4;
   if (!l2norm) {
@@ -37,7 +37,10 @@ __device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int te
     uint32_t x[4];
     ldmatrix_x4(x, rows + block / kHalfBlocks * kHalfBytes + block_rows(block % kHalfBlocks, lane));
 #pragma unroll
-    for (int r = 0; r < 2; ++r) mma_bf16(squares[r], x, x[r], x[2 + r]);
+    for (int unit = 0; unit < 2; ++unit) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) mma_bf16_half(squares[r], x[2 * unit], x[2 * unit + 1], x[2 * unit + r]);
+    }
   }
   if (on_diagonal(lane)) {
     const int x = diagonal_column(lane);
@@ -92,14 +95,14 @@ __device__ __forceinline__ void scale_pairs(float2 (&G)[kTile], const TileFactor
   constexpr int kFromQToK = S::kK - S::kQ;
   constexpr int kStep = 8;
   constexpr int kAhead = 3;  // tokens whose loads are on their way
-  uint32_t q = to.q() + pair, k_suf = to.k_suf() + pair, k_inverse = to.inverse() + pair, norms = to.norms();
+  uint32_t q = to.q(), k_suf = to.k_suf(), k_inverse = to.inverse(), norms = to.norms();
 #pragma unroll 1
   for (int first = 0; first < kTile; first += kStep) {
     uint32_t k_packed[kAhead], q_packed[kAhead];
     float2 norm[kAhead];  // q, k
     const auto load = [&](int t) {
-      k_packed[t % kAhead] = load_shared(at_token(q, t) + kFromQToK);
-      q_packed[t % kAhead] = load_shared(at_token(q, t));
+      k_packed[t % kAhead] = load_shared(q + at_token(pair, t) + kFromQToK);
+      q_packed[t % kAhead] = load_shared(q + at_token(pair, t));
       norm[t % kAhead] = load_shared_float2(norms + t * 8);
     };
 #pragma unroll
@@ -113,10 +116,11 @@ __device__ __forceinline__ void scale_pairs(float2 (&G)[kTile], const TileFactor
       q_t = {q_t.x * norm_t.x, q_t.y * norm_t.x};
       const float2 pre = {exp2_approx(G[t].x), exp2_approx(G[t].y)};
       const float2 inverse = {k_t.x * exp2_approx(-G[t].x), k_t.y * exp2_approx(-G[t].y)};
-      store_shared(at_token(k_inverse, t), pack_bf16(inverse.x, inverse.y));
-      store_shared(at_token(k_suf, t), pack_bf16(inverse.x * total.x, inverse.y * total.y));
-      store_shared(at_token(q, t) + kFromQToK, pack_bf16(k_t.x * pre.x, k_t.y * pre.y));
-      store_shared(at_token(q, t), pack_bf16(q_t.x * pre.x, q_t.y * pre.y));
+      const uint32_t place = at_token(pair, t);
+      store_shared(k_inverse + place, pack_bf16(inverse.x, inverse.y));
+      store_shared(k_suf + place, pack_bf16(inverse.x * total.x, inverse.y * total.y));
+      store_shared(q + place + kFromQToK, pack_bf16(k_t.x * pre.x, k_t.y * pre.y));
+      store_shared(q + place, pack_bf16(q_t.x * pre.x, q_t.y * pre.y));
     }
 #pragma unroll
     for (int t = 0; t + kStep < kTile; ++t) G[t] = G[t + kStep];
@@ -125,14 +129,14 @@ __device__ __forceinline__ void scale_pairs(float2 (&G)[kTile], const TileFactor
 }
 
 template <class S>
-__device__ __forceinline__ void park(const PairSums& sums, const TileFactors<S>& to, int lane) {
+__device__ __forceinline__ void park(const PairSums& sums, const TileFactors<S>& to, uint32_t lane) {
   store_shared_float4(to.parking(0, lane), sums.group[0]);
   store_shared_float4(to.parking(1, lane), sums.group[1]);
   store_shared_float4(to.parking(2, lane), sums.across);
 }
 
 template <class S>
-__device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<S>& to, int lane) {
+__device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<S>& to, uint32_t lane) {
 #pragma unroll
   for (int piece = 0; piece < 3; ++piece) {
     const float4 x = load_shared_float4(to.parking(piece, lane));
@@ -146,24 +150,24 @@ __device__ __forceinline__ void add_parked(PairSums& sums, const TileFactors<S>&
 
 // Products inside a tile over half the channels: [Kpre; Qpre] of eight tokens against k exp(-G) of eight.
 template <class S>
-__device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors<S>& to, int lane) {
+__device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors<S>& to, uint32_t lane) {
   const uint32_t rows = pair_rows(to, to.half, lane);
 #pragma unroll
   for (int block = 0; block < kHalfBlocks; ++block) {
     uint32_t low[4], high[4], b[4];
     ldmatrix_x4(low, rows ^ block * 32);
     ldmatrix_x4(high, (rows ^ block * 32) + kGroupRows);
-    ldmatrix_x4(b, to.inverse() + block_rows(block, lane));
-    mma_bf16(sums.group[0], low, b[0], b[2]);
-    mma_bf16(sums.group[1], high, b[1], b[3]);
-    mma_bf16(sums.across, high, b[0], b[2]);
+    ldmatrix_x4(b, to.inverse() + block_columns(block, lane));
+    mma_bf16(sums.group[0], low, b[0], b[1]);
+    mma_bf16(sums.group[1], high, b[2], b[3]);
+    mma_bf16(sums.across, high, b[0], b[1]);
   }
 }
 
 // Aqk to its tile in bf16; Akk of each eight tokens against themselves, transposed, to the scratch in fp32. `beta` is that of
 // the lane's rows, lane / 4 of either eight.
 __device__ __forceinline__ void store_pairs(const PairSums& sums, const float (&beta)[2], uint32_t aqk, uint32_t akk,
-                                            int lane) {
+                                            uint32_t lane) {
   const int row = lane / 4, pair = 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -184,7 +188,7 @@ __device__ __forceinline__ void store_pairs(const PairSums& sums, const float (&
 // (I + Akk)^-1 of eight tokens against themselves, of both eights at once, by forward substitution in fp32, a column per
 // lane (twice over the warp). The unit diagonal stays out of the bf16 result: whoever multiplies by it adds that part in
 // fp32.
-__device__ __forceinline__ void invert_eights(uint32_t t_inv, uint32_t akk, int lane) {
+__device__ __forceinline__ void invert_eights(uint32_t t_inv, uint32_t akk, uint32_t lane) {
   constexpr int kSize = kTile / 2;
   const int block = lane / kSize % 2, column = lane % kSize;
   float x[kSize];
@@ -215,7 +219,7 @@ __device__ __forceinline__ void invert_eights(uint32_t t_inv, uint32_t akk, int 
 // The second eight tokens against the first: with T_0 and T_1 their own inverses,
 //   -T_1 (Akk T_0) = -(M + (T_1 - I) M),   M = Akk + Akk (T_0 - I),
 // where what the unit diagonals give stays in fp32. `akk` is the lane's pair of Akk.
-__device__ __forceinline__ void join_eights(uint32_t t_inv, float2 akk, int lane) {
+__device__ __forceinline__ void join_eights(uint32_t t_inv, float2 akk, uint32_t lane) {
   const uint32_t place = t_inv + 4 * lane;
   float m[4] = {akk.x, akk.y, 0.0f, 0.0f};
   const uint32_t a[4] = {pack_bf16(akk.x, akk.y), 0, 0, 0};
@@ -231,7 +235,7 @@ __device__ __forceinline__ void join_eights(uint32_t t_inv, float2 akk, int lane
 // products are returned. `meet` is called once the warp has read q, k and g.
 template <GateKind kGate, class S, class Meet>
 __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const TileFactors<S>& to, uint32_t bias,
-                                               uint32_t gate, int valid, int lane, Meet meet) {
+                                               uint32_t gate, int valid, uint32_t lane, Meet meet) {
   const float bound = p.l2norm_qk ? kBoundNormalised : kBoundRaw;
   const int channel = to.half * kHalfChannels + 2 * lane;
   // The lane's pair of channels in its first row: fp32 rows hold half as many.
@@ -273,7 +277,7 @@ __device__ __forceinline__ PairSums build_half(const PrefillParams& p, const Til
 
 // Aqk of a tile in its place, T_inv = (I + Akk)^-1 of a tile in its place, from the products of both halves of the channels.
 template <class S>
-__device__ __forceinline__ void finish_tile(PairSums& sums, const TileFactors<S>& to, float beta, int lane) {
+__device__ __forceinline__ void finish_tile(PairSums& sums, const TileFactors<S>& to, float beta, uint32_t lane) {
   const float beta_rows[2] = {__shfl_sync(~0u, beta, lane / 4), __shfl_sync(~0u, beta, 8 + lane / 4)};
   store_pairs(sums, beta_rows, to.aqk(), to.akk(), lane);
   if (lane < kTile) store_shared_float(to.beta() + lane * 4, beta);

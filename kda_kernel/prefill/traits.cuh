@@ -62,7 +62,7 @@ constexpr int kPanelBytes = 2 * kHalfBytes;         // [32, 128]
 constexpr int kHalves = 2;
 constexpr int kHalfChannels = kHeadDim / kHalves;
 constexpr int kHalfBlocks = kHalfChannels / 16;     // an MMA's depth is sixteen columns
-__device__ __forceinline__ uint32_t swizzled(int row, int unit) { return row * kRowBytes + (unit ^ row % 8) * 16; }
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t unit) { return row * kRowBytes + (unit ^ row % 8) * 16; }
 
 // T_inv and Aqk [32, 32]: units of eight columns, row after row, an odd row between them. Eight rows of a unit are 128
 // consecutive bytes: one 8 x 8 matrix of ldmatrix, of an MMA fragment (lane l at byte 4 l) and of an unswizzled wgmma
@@ -78,7 +78,7 @@ constexpr int kPairDiagonal = kPairBlock + kPairTile;  // from pairs inside the 
 // by side, and an odd 16 bytes between the four lists so that they lie in different banks.
 constexpr int kTotalList = kHeadDim + 16;
 constexpr int kTotalBytes = 4 * kTotalList;
-__device__ __forceinline__ uint32_t total_offset(int channel) {
+__device__ __forceinline__ uint32_t total_offset(uint32_t channel) {
   return channel % 8 / 2 * kTotalList + channel / 8 * 8;
 }
 
@@ -254,10 +254,16 @@ struct SharedMap {
 
 // What a lane names to ldmatrix_x4 for a 16 x 16 block of a swizzled half panel, `block` counted inside the half, or of a
 // [32, 32] matrix; the four registers then hold
-// (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7, columns 8-15), (rows 8-15, columns 8-15).
-__device__ __forceinline__ uint32_t block_rows(int block, int lane) {
+// (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7, columns 8-15), (rows 8-15, columns 8-15): an A operand.
+__device__ __forceinline__ uint32_t block_rows(int block, uint32_t lane) {
   return swizzled(lane % 16, lane / 16) ^ block * 32;
 }
-__device__ __forceinline__ uint32_t pair_block_rows(int lane) { return lane / 16 * kPairUnit + lane % 16 * 16; }
+__device__ __forceinline__ uint32_t pair_block_rows(uint32_t lane) { return lane / 16 * kPairUnit + lane % 16 * 16; }
+
+// The same with the second and the third exchanged: two B operands, of the first eight rows and of the others, each in
+// registers side by side, where an MMA wants it.
+__device__ __forceinline__ uint32_t block_columns(int block, uint32_t lane) {
+  return swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ block * 32;
+}
 
 }  // namespace kda::prefill

@@ -11,7 +11,7 @@ extern uint8_t shared_memory[];  // the dynamic one: what kernels declare, not w
 inline uint32_t smem_address(const void* pointer) {
   return pointer == prefill::shared_memory ? emulator::first_address() : emulator::address_of(pointer);
 }
-inline int opaque(int x) { return x; }
+inline uint32_t opaque(uint32_t x) { return x; }
 inline void keep_in_place(float&) {}
 
 // ---- matrix fragments ------------------------------------------------------------------------------------
@@ -83,11 +83,21 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   });
 }
 
+inline void mma_bf16_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const uint32_t a[4] = {a0, a1, 0, 0};
+  mma_bf16(d, a, b, 0);
+}
+
 inline uint32_t pack_bf16(float low, float high) {
   const auto bits = [](float x) -> uint32_t { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); };
   return bits(low) | bits(high) << 16;
 }
 inline float2 unpack_bf16(uint32_t packed) { return make_float2(emulator::low(packed), emulator::high(packed)); }
+
+inline uint32_t fma_bf16x2(uint32_t x, uint32_t y, uint32_t z) {
+  return pack_bf16(std::fma(emulator::low(x), emulator::low(y), emulator::low(z)),
+                   std::fma(emulator::high(x), emulator::high(y), emulator::high(z)));
+}
 
 inline uint32_t spread_signs(uint32_t x) { return (x & 0x8000 ? 0xffff : 0) | (x & 0x80000000 ? 0xffff0000 : 0); }
 
@@ -168,6 +178,10 @@ inline void named_barrier_sync(int barrier, int threads) { emulator::named_barri
 inline void fence_barrier_init() {}
 inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
+inline void cluster_meet_relaxed() {
+  cluster_arrive_relaxed();
+  cluster_wait();
+}
 inline void cluster_sync() {
   emulator::settle(emulator::kReleased);
   emulator::cluster_arrive();
