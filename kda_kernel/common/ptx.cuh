@@ -361,7 +361,12 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Has a box brought to the L2 cache.
+// Has the line of an address in global memory brought to the L2 cache.
+__device__ __forceinline__ void prefetch_to_l2(const void* place) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(place)) : "memory");
+}
+
+// The same of a box.
 __device__ __forceinline__ void prefetch_tensor(const CUtensorMap& map, const TensorPlace& at) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(at.x), "r"(at.head),
                "r"(at.token), "r"(at.batch)
@@ -400,6 +405,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -98,7 +98,7 @@ __device__ void factor_role(const PrefillParams& p, const SharedMap<S>& shared, 
 
     PairSums sums;
     if constexpr (S::kWholeTiles) {
-#pragma unroll
+#pragma unroll 1
       for (int tensor = 0; tensor < 2; ++tensor) {
         row_scales(to.norms(), tensor == 0 ? to.q_tile() : to.k_tile(), tensor, p.scale, p.l2norm_qk, lane);
       }

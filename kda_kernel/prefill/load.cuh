@@ -222,13 +222,14 @@ struct ChunkLoader {
 };
 
 // The load warps of a cluster's CTA that have q, k and g of its own chunks. What comes a ring later is brought to the L2 cache
-// meanwhile.
+// meanwhile; of beta, which a team reads where it needs it, a lane's token.
 template <class S>
 __device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, int head, int rank, int warp) {
   const int lane = threadIdx.x % 32, ctas = shared.num_ctas;
   const Item item = Item::load(shared, 0);
   ChunkLoader<S> loader(p, head, rank, warp);
   loader.go_to(item, rank * kChunk);
+  const Source beta = Source::load(shared, 0);
   RingPosition ring;
   const int step = ctas * kChunk, ahead = shared.ring.own_slots * step;
 #pragma unroll 1
@@ -237,6 +238,9 @@ __device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, 
     const int valid = item.length - token;
     loader.load(p, shared.slot(ring.slot) + loader.panel(warp), shared.raw_ready(ring.slot), valid, warp, lane);
     loader.prefetch(p, ahead, valid - ahead, warp, lane);
+    if (loader.tensor(warp) == loader.kTensorG && lane < valid - ahead) {
+      prefetch_to_l2(beta.rows + static_cast<int64_t>(token + ahead + lane) * beta.stride);
+    }
     loader.skip(ctas);
     ring.advance(1, shared.ring.own_slots);
   }

@@ -31,7 +31,7 @@ __device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int te
     if (lane < kTile) store_shared_float(place + lane * 8, factor);
     return;
   }
-  float squares[2][4] = {};  // [token group]: all tokens against the group's
+  float squares[2][2][4] = {};  // [of every second product][token group]: all tokens against the group's
 #pragma unroll
   for (int block = 0; block < kHalves * kHalfBlocks; ++block) {
     uint32_t x[4];
@@ -39,15 +39,15 @@ __device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int te
 #pragma unroll
     for (int unit = 0; unit < 2; ++unit) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) mma_bf16_half(squares[r], x[2 * unit], x[2 * unit + 1], x[2 * unit + r]);
+      for (int r = 0; r < 2; ++r) mma_bf16_half(squares[unit][r], x[2 * unit], x[2 * unit + 1], x[2 * unit + r]);
     }
   }
   if (on_diagonal(lane)) {
     const int x = diagonal_column(lane);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float square = x ? squares[r][2 * r + 1] : squares[r][2 * r];
-      store_shared_float(place + (8 * r + lane / 4) * 8, factor * rsqrtf(square + kL2NormEpsilon));
+      const float square = x ? squares[0][r][2 * r + 1] + squares[1][r][2 * r + 1] : squares[0][r][2 * r] + squares[1][r][2 * r];
+      store_shared_float(place + (8 * r + lane / 4) * 8, factor * rsqrt_approx(square + kL2NormEpsilon));
     }
   }
 }
@@ -164,55 +164,54 @@ __device__ __forceinline__ void multiply_pairs(PairSums& sums, const TileFactors
   }
 }
 
-// Aqk to its tile in bf16; Akk of each eight tokens against themselves, transposed, to the scratch in fp32. `beta` is that of
-// the lane's rows, lane / 4 of either eight.
+// Aqk to its tile in bf16; -Akk of each eight tokens against themselves to the scratch in fp32. `beta` is that of the lane's
+// rows, lane / 4 of either eight.
 __device__ __forceinline__ void store_pairs(const PairSums& sums, const float (&beta)[2], uint32_t aqk, uint32_t akk,
                                             uint32_t lane) {
-  const int row = lane / 4, pair = 2 * (lane % 4);
+  const uint32_t row = lane / 4, pair = 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float qk[2];
+    float qk[2], kk[2];
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-      const int column = pair + x;
-      qk[x] = column <= row ? sums.group[r][2 + x] : 0.0f;
-      store_shared_float(akk + r * kScratchBlock + (column * kScratchRow + row) * 4,
-                         column < row ? beta[r] * sums.group[r][x] : 0.0f);
+      qk[x] = pair + x <= row ? sums.group[r][2 + x] : 0.0f;
+      kk[x] = pair + x < row ? -beta[r] * sums.group[r][x] : 0.0f;
     }
+    store_shared_float2(akk + r * kScratchBlock + (row * kScratchRow + pair) * 4, kk[0], kk[1]);
     store_shared(aqk + 4 * lane + r * (kPairUnit + kPairGroup), pack_bf16(qk[0], qk[1]));
   }
   store_shared(aqk + 4 * lane + kPairGroup, pack_bf16(sums.across[2], sums.across[3]));
   store_shared(aqk + 4 * lane + kPairUnit, 0);
 }
 
-// (I + Akk)^-1 of eight tokens against themselves, of both eights at once, by forward substitution in fp32, a column per
-// lane (twice over the warp). The unit diagonal stays out of the bf16 result: whoever multiplies by it adds that part in
-// fp32.
+// (I + Akk)^-1 = I + X of eight tokens against themselves, of both eights at once, by substitution in fp32, a row per lane
+// (twice over the warp): with A = -Akk, X = A + X A, x_j = a_j + sum_{i > j} x_i A[i, j]. The unit diagonal stays out of the
+// bf16 result: whoever multiplies by it adds that part in fp32.
 __device__ __forceinline__ void invert_eights(uint32_t t_inv, uint32_t akk, uint32_t lane) {
   constexpr int kSize = kTile / 2;
-  const int block = lane / kSize % 2, column = lane % kSize;
-  float x[kSize];
+  const uint32_t block = lane / kSize % 2, row = lane % kSize, rows = akk + block * kScratchBlock;
+  const auto load_four = [&](uint32_t row, int four, float (&a)[4]) {
+    const float4 x = load_shared_float4(rows + (row * kScratchRow + 4 * four) * 4);
+    a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
+  };
+  float x[kSize / 4][4];
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) x[i] = i == column ? 1.0f : 0.0f;
+  for (int four = 0; four < kSize / 4; ++four) load_four(row, four, x[four]);
 #pragma unroll
-  for (int i = 0; i < kSize - 1; ++i) {
+  for (int i = kSize - 1; i > 0; --i) {
 #pragma unroll
-    for (int four = (i + 1) / 4; four < kSize / 4; ++four) {
-      const float4 below = load_shared_float4(akk + block * kScratchBlock + (i * kScratchRow + 4 * four) * 4);
-      const float values[4] = {below.x, below.y, below.z, below.w};
+    for (int four = 0; 4 * four < i; ++four) {
+      float a[4];
+      load_four(i, four, a);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (4 * four + j > i) x[4 * four + j] -= values[j] * x[i];
+        if (4 * four + j < i) x[four][j] += x[i / 4][i % 4] * a[j];
       }
     }
   }
   if (lane < kTile) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float value = i == column ? 0.0f : x[i];
-      store_shared_u16(t_inv + block * (kPairUnit + kPairGroup) + i * 16 + column * 2,
-                       __bfloat16_as_ushort(__float2bfloat16_rn(value)));
-    }
+    const auto pack = [&](int i) { return pack_bf16(x[i / 4][i % 4], x[i / 4][i % 4 + 1]); };
+    store_shared_uint4(t_inv + block * (kPairUnit + kPairGroup) + row * 16, make_uint4(pack(0), pack(2), pack(4), pack(6)));
   }
 }
 
@@ -222,11 +221,9 @@ __device__ __forceinline__ void invert_eights(uint32_t t_inv, uint32_t akk, uint
 __device__ __forceinline__ void join_eights(uint32_t t_inv, float2 akk, uint32_t lane) {
   const uint32_t place = t_inv + 4 * lane;
   float m[4] = {akk.x, akk.y, 0.0f, 0.0f};
-  const uint32_t a[4] = {pack_bf16(akk.x, akk.y), 0, 0, 0};
-  mma_bf16(m, a, movmatrix_trans(load_shared(place)), 0);
+  mma_bf16_half(m, pack_bf16(akk.x, akk.y), 0, movmatrix_trans(load_shared(place)));
   float t[4] = {m[0], m[1], 0.0f, 0.0f};
-  const uint32_t second[4] = {load_shared(place + kPairUnit + kPairGroup), 0, 0, 0};
-  mma_bf16(t, second, movmatrix_trans(pack_bf16(m[0], m[1])), 0);
+  mma_bf16_half(t, load_shared(place + kPairUnit + kPairGroup), 0, movmatrix_trans(pack_bf16(m[0], m[1])));
   store_shared(place + kPairGroup, pack_bf16(-t[0], -t[1]));
   store_shared(place + kPairUnit, 0);
 }

@@ -130,9 +130,9 @@ struct Slot {
 };
 
 // A factor team's own room: for each warp k exp(-G) of its tile and half of the channels, swizzled; in the place of a
-// tile's first, once the products are in registers, Akk, transposed in fp32, with rows padded to 20 words, so that the four
-// token pairs of a warp's store fall into different banks while float4 loads stay aligned. Of each tile per token the
-// factors on q and on k, fp32, and its decay per channel.
+// tile's first, once the products are in registers, -Akk of each eight
+// tokens against themselves in fp32, with rows of 20 words, so that eight rows' float4 lie in different banks. Of each tile per
+// token the factors on q and on k, fp32, and its decay per channel.
 constexpr int kScratchRow = 20;
 constexpr int kScratchBlock = (kTile / 2) * (kScratchRow + 1) * 4;  // from the first eight tokens' to the second's
 static_assert(kTile * kScratchRow * 4 <= kTileRows, "Akk fits");

@@ -236,6 +236,7 @@ inline void copy_to_tensor(const CUtensorMap& map, const TensorPlace& at, uint32
 }
 inline void bulk_wait_read() { emulator::settle(emulator::kRead); }
 inline void prefetch_tensor_map(const CUtensorMap&) {}
+inline void prefetch_to_l2(const void*) {}
 inline void prefetch_tensor(const CUtensorMap&, const TensorPlace&) {}
 inline void barrier_expect(uint32_t barrier, int bytes) { emulator::barrier_bytes(barrier, -bytes); }
 inline void barrier_arrive_many(uint32_t barrier, int arrivals) { emulator::barrier_arrive(barrier, 0, arrivals); }
@@ -248,6 +249,7 @@ inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y
 inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
 inline float log2_approx(float x) { return flush(std::log2(flush(x))); }
+inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(flush(x)); }
 inline float reciprocal_approx(float x) { return flush(1.0f / flush(x)); }
 
 }  // namespace kda
