@@ -6,10 +6,10 @@
     python benchmarks/prefill.py --cases 8192/H96 512/H32 --gates strong weak
 
 Columns: median time between two events around an eager call, p10..p90, the floor (`Case.floor_bytes` over the
-copy bandwidth of this run), ours over the floor, FLA's median and FLA over ours. Calls under 0.2 ms are also
-timed without host time: queued behind other work (both) and in a CUDA graph (ours). "+N MiB" behind a row is
-the most memory that a call held at one time beyond its results (`timing.peak_extra_bytes`). The summary says
-which targets of targets.py are met.
+copy bandwidth of this run), ours over the floor, FLA's median and FLA over ours. The gates of a case take turns,
+call by call. Calls under 0.2 ms are also timed without host time: queued behind other work (both) and in a CUDA
+graph (ours). "+N MiB" behind a row is the most memory that a call held at one time beyond its results
+(`timing.peak_extra_bytes`). The summary says which targets of targets.py are met.
 
 FLA's turn comes after all of ours, case by case. Its kernels are compiled first by several processes at once
 (fla_tuning.py); its autotuner then times them here, for 10 to 20 seconds for every H, packed or not.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,14 +38,9 @@ from cases import CASES, GATES, QUICK, Case, gates_of, input_sets
 SHORT_MS = 0.2  # below this an eager call may wait for the host
 
 
-def measure(chunk_kda, sets, is_ours: bool) -> dict:
-    """Timings of one implementation on one case, as JSON."""
-
-    def call(inputs):
-        chunk_kda(**inputs)
-
-    eager = timing.time_eager(call, sets)
-    extra_bytes = timing.peak_extra_bytes(lambda: chunk_kda(**sets[0]))
+def measure(call, eager: timing.Timing, sets, is_ours: bool) -> dict:
+    """All timings of one implementation on one case, as JSON, given those of eager calls."""
+    extra_bytes = timing.peak_extra_bytes(lambda: call(sets[0]))
     row = {"eager": eager.to_json(), "peak_extra_bytes": extra_bytes}
     if eager.median_ms < SHORT_MS or (not is_ours and sets[0]["q"].shape[1] <= 2048):
         row["queued"] = timing.time_queued(call, sets).to_json()
@@ -58,28 +54,39 @@ def sets_for(shape: Case, gate: str, cache_bytes: int) -> list[dict]:
     return input_sets(shape, gate, count)
 
 
-def measure_ours(shape: Case, gate: str, chunk_kda, bandwidth: float, cache_bytes: int) -> dict:
-    """One row of the result: the case, its floor and our timings."""
-    sets = sets_for(shape, gate, cache_bytes)
-    floor_bytes = shape.floor_bytes(gate)
-    row = {
-        "case": shape.name,
-        "lengths": list(shape.lengths),
-        "H": shape.H,
-        "HV": shape.HV,
-        "gate": gate,
-        "input_sets": len(sets),
-        "floor_bytes": floor_bytes,
-        "floor_ms": 1e3 * floor_bytes / bandwidth,
-        "ours": measure(chunk_kda, sets, is_ours=True),
-    }
-    row["over_floor"] = row["ours"]["eager"]["median_ms"] / row["floor_ms"]
-    return row
+def measure_ours(shape: Case, gates, chunk_kda, bandwidth: float, cache_bytes: int) -> Iterator[dict]:
+    """Rows of the result, one for each gate: the case, its floor and our timings. The gates' eager calls take turns."""
+
+    def call(inputs):
+        return chunk_kda(**inputs)
+
+    groups = [sets_for(shape, gate, cache_bytes) for gate in gates]
+    timings = timing.time_eager_in_turn(call, groups)
+    for gate, sets, eager in zip(gates, groups, timings, strict=True):
+        floor_bytes = shape.floor_bytes(gate)
+        row = {
+            "case": shape.name,
+            "lengths": list(shape.lengths),
+            "H": shape.H,
+            "HV": shape.HV,
+            "gate": gate,
+            "input_sets": len(sets),
+            "floor_bytes": floor_bytes,
+            "floor_ms": 1e3 * floor_bytes / bandwidth,
+            "ours": measure(call, eager, sets, is_ours=True),
+        }
+        row["over_floor"] = row["ours"]["eager"]["median_ms"] / row["floor_ms"]
+        yield row
 
 
 def add_fla(row: dict, shape: Case, fla, cache_bytes: int) -> None:
     """FLA's timings of the same case on the same inputs, into its row."""
-    row["fla"] = measure(fla, sets_for(shape, row["gate"], cache_bytes), is_ours=False)
+
+    def call(inputs):
+        return fla(**inputs)
+
+    sets = sets_for(shape, row["gate"], cache_bytes)
+    row["fla"] = measure(call, timing.time_eager(call, sets), sets, is_ours=False)
     row["speedup_over_fla"] = row["fla"]["eager"]["median_ms"] / row["ours"]["eager"]["median_ms"]
 
 
@@ -116,7 +123,7 @@ def line(row: dict) -> str:
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
-    """`rows`: (case, gate) of every row; `fla`: the names of the cases that FLA is measured with."""
+    """`plan`: every case and its gates; `fla`: the names of the cases that FLA is measured with."""
     names = [shape.name for shape in CASES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,7 +143,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     wanted = chosen.cases or (QUICK if chosen.quick else names)
     shapes = [shape for shape in CASES if shape.name in wanted]
-    chosen.rows = [(shape, gate) for shape in shapes for gate in chosen.gates or gates_of(shape.name)]
+    chosen.plan = [(shape, chosen.gates or gates_of(shape.name)) for shape in shapes]
     if chosen.fla and not set(chosen.fla) <= set(wanted):
         parser.error(f"--fla: expected some of the cases {', '.join(wanted)}, got {', '.join(chosen.fla)}")
     chosen.fla = [] if chosen.no_fla else chosen.fla or [shape.name for shape in shapes]
@@ -161,12 +168,13 @@ def main() -> None:
         shown = (f"{name} {1e3 * times['median_ms']:.1f} us" for name, times in host_times.items())
         print(f"host time a call: {', '.join(shown)}")
         print(HEADER, flush=True)
-        for shape, gate in options.rows:
-            rows.append(measure_ours(shape, gate, kernel.chunk_kda, bandwidth, cache_bytes))
-            shapes.append(shape)
+        for shape, gates in options.plan:
+            for row in measure_ours(shape, gates, kernel.chunk_kda, bandwidth, cache_bytes):
+                rows.append(row)
+                shapes.append(shape)
+                print(line(row), flush=True)
+                result.save()
             torch.cuda.empty_cache()
-            print(line(rows[-1]), flush=True)
-            result.save()
         items = targets.summary(result.content)
         result.save(summary=items)
         print("\n".join(targets.summary_lines(items)), flush=True)

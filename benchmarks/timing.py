@@ -74,16 +74,29 @@ def time_eager(call, sets, budget_ms: float = 300.0) -> Timing:
 
     What a program that just calls sees: where the device is faster than the host, host time counts.
     """
-    repeats = clamp(budget_ms / warm_up(call, sets), 20, 300)
+    return time_eager_in_turn(call, [sets], budget_ms)[0]
+
+
+def time_eager_in_turn(call, groups, budget_ms: float = 300.0) -> list[Timing]:
+    """`time_eager` of several lists of input sets, a call of each in turn.
+
+    A device at its power limit lowers its clock as it goes; what is measured in turn is measured under the same.
+    """
+    repeats = clamp(budget_ms / max(warm_up(call, sets) for sets in groups), 20, 300)
     pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
+        [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in groups]
+        for _ in range(repeats)
     ]
-    for i, (begin, end) in enumerate(pairs):
-        begin.record()
-        call(sets[i % len(sets)])
-        end.record()
+    for i, turn in enumerate(pairs):
+        for sets, (begin, end) in zip(groups, turn, strict=True):
+            begin.record()
+            call(sets[i % len(sets)])
+            end.record()
     torch.cuda.synchronize()
-    return Timing.of([begin.elapsed_time(end) for begin, end in pairs])
+    return [
+        Timing.of([begin.elapsed_time(end) for begin, end in of_group])
+        for of_group in zip(*pairs, strict=True)
+    ]
 
 
 def time_queued(call, sets, calls: int = 10, repeats: int = 11) -> Timing:

@@ -91,7 +91,7 @@ def test_unknown_gate():
 
 
 def names(options) -> list[tuple[str, str]]:
-    return [(shape.name, gate) for shape, gate in options.rows]
+    return [(shape.name, gate) for shape, gates in options.plan for gate in gates]
 
 
 def test_every_case_has_the_bounded_gates_and_four_have_all():
@@ -115,6 +115,39 @@ def test_fla_needs_cases_that_are_measured(words, capsys):
     with pytest.raises(SystemExit):
         prefill.parse_arguments(words.split())
     assert "--fla" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------
+# the clock
+
+
+def test_gates_take_turns(monkeypatch):
+    """Every second call is the other gate's, and each gate gets its own times, whatever the clock does meanwhile."""
+    now, order = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call(inputs):
+        gate, number = inputs
+        order.append((gate, number))
+        now[0] += {"strong": 2.0, "weak": 3.0}[gate]
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "warm_up", lambda call, sets: {"strong": 5.0, "weak": 10.0}[sets[0][0]])
+    groups = [[("strong", 0), ("strong", 1)], [("weak", 0), ("weak", 1), ("weak", 2)]]
+    strong, weak = timing.time_eager_in_turn(call, groups, budget_ms=300.0)
+    assert (strong.median_ms, weak.median_ms) == (2.0, 3.0)
+    assert strong.repeats == weak.repeats == 30  # what the slowest allows
+    assert order == [(gate, i % count) for i in range(30) for gate, count in (("strong", 2), ("weak", 3))]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -275,7 +308,7 @@ def no_gpu(tmp_path, monkeypatch):
     keys = ("torch", "cuda", "triton", "kernels", "flash-linear-attention", "kernel_id")
     measured = []
 
-    def measure(chunk_kda, sets, is_ours):
+    def measure(call, eager, sets, is_ours):
         measured.append(is_ours)
         if len(measured) == run.dies_at:
             raise KeyboardInterrupt
@@ -299,6 +332,8 @@ def no_gpu(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(prefill, "sets_for", lambda *_: [])
     monkeypatch.setattr(prefill, "measure", measure)
+    monkeypatch.setattr(timing, "time_eager_in_turn", lambda call, groups: [None] * len(groups))
+    monkeypatch.setattr(timing, "time_eager", lambda call, sets: None)
     monkeypatch.setattr(prefill.fla_tuning, "compile_ahead", lambda words: run.compiled.append(words[1:]))
 
     class Kernel:
