@@ -119,7 +119,8 @@ __device__ __forceinline__ void join_totals(const TileFactors<S>& to, uint32_t l
 // The sums of both halves of the channels, for the warps that add them; after it Aqk and T_inv may take the place where they
 // were parked, and have zeros in their upper triangles.
 template <class S, class Team>
-__device__ __forceinline__ void take_parked(PairSums& sums, const TileFactors<S>& to, bool adds, uint32_t lane, const Team& team) {
+__device__ __forceinline__ void take_parked(PairSums& sums, const TileFactors<S>& to, bool adds, uint32_t lane,
+                                            const Team& team) {
   if (adds) add_parked(sums, to, lane);
   if constexpr (!S::kPairsInGate) {
     __syncwarp();  // the place is the warp's own
@@ -139,20 +140,25 @@ __device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, f
   if constexpr (S::kWholeTiles) {
     take_parked(sums, to, true, lane, team);
     finish_tile(sums, to, beta, lane);
-    if (to.tile == 1) multiply_cross(cross, to, lane);
+    if (to.tile == 1) {
+      multiply_cross(cross, to, lane);
+    } else {
+      join_totals(to, lane);
+    }
     team.meet();  // the products between the tiles are made, and T_inv of both
     if (to.tile == 1) join_inverses<S>(cross, beta, to.slot, lane);
 #pragma unroll 1
     for (int what = kFirstKsuf; what <= kSecondK; ++what) {
       if ((what == kSecondK) == (to.tile == 1)) rescale(static_cast<Rescaled>(what), to, opaque(lane));
     }
-    if (to.tile == 0) join_totals(to, lane);
   } else {
     take_parked(sums, to, to.half == 0, lane, team);
     if (to.half == 0) {
       finish_tile(sums, to, beta, lane);
     } else if (to.tile == 1) {
       multiply_cross(cross, to, lane);
+    } else {
+      join_totals(to, lane);
     }
     team.meet();  // the same
     if (to.half == 1 && to.tile == 1) {
@@ -160,7 +166,6 @@ __device__ __forceinline__ void join(PairSums& sums, const TileFactors<S>& to, f
       return;
     }
     rescale(to.half == 1 ? kSecondQ : to.tile == 1 ? kSecondK : kFirstKsuf, to, lane);
-    if (to.half == 0 && to.tile == 0) join_totals(to, lane);
   }
 }
 

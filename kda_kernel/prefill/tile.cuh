@@ -31,7 +31,7 @@ __device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int te
     if (lane < kTile) store_shared_float(place + lane * 8, factor);
     return;
   }
-  float squares[2][2][4] = {};  // [of every second product][token group]: all tokens against the group's
+  float squares[2][2][4] = {};  // [unit of a block][token group]: all tokens against the group's, in four chains of MMAs
 #pragma unroll
   for (int block = 0; block < kHalves * kHalfBlocks; ++block) {
     uint32_t x[4];
@@ -43,11 +43,14 @@ __device__ __forceinline__ void row_scales(uint32_t norms, uint32_t rows, int te
     }
   }
   if (on_diagonal(lane)) {
-    const int x = diagonal_column(lane);
+    const int column = diagonal_column(lane);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float square = x ? squares[0][r][2 * r + 1] + squares[1][r][2 * r + 1] : squares[0][r][2 * r] + squares[1][r][2 * r];
-      store_shared_float(place + (8 * r + lane / 4) * 8, factor * rsqrt_approx(square + kL2NormEpsilon));
+      float square[2];
+#pragma unroll
+      for (int x = 0; x < 2; ++x) square[x] = squares[0][r][2 * r + x] + squares[1][r][2 * r + x];
+      const float normalise = rsqrt_approx((column ? square[1] : square[0]) + kL2NormEpsilon);
+      store_shared_float(place + (8 * r + lane / 4) * 8, factor * normalise);
     }
   }
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import inputs_for
-from sanitizer_case import CLUSTER_CASES, PARTS
+from sanitizer_case import PARTS
 
 CASE = Path(__file__).with_name("sanitizer_case.py")
 KERNEL_NAME = "kda"  # a part of every one of our kernels' names: only these are instrumented
@@ -40,20 +40,12 @@ def test_the_name_filter_catches_our_kernels(kernel_package):
     assert names and all(KERNEL_NAME in name for name in names), names
 
 
-def parts(tool: str) -> list[str]:
-    """On Hopper racecheck waits for ever in clusters, whose warps wait for their first meeting in different places: it gets
-    what runs without any, or without tokens. What clusters may not do, the emulator's random orders look for."""
-    if tool != "racecheck" or torch.cuda.get_device_capability() != (9, 0):
-        return list(PARTS)
-    return [name for name in PARTS if name not in CLUSTER_CASES]
-
-
 @pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_sanitizer_finds_nothing(kernel_package, tool):
     command = [
         sanitizer(), "--tool", tool, "--kernel-name", f"kns={KERNEL_NAME}", "--report-api-errors", "no",
-        "--error-exitcode", "86", sys.executable, str(CASE), *parts(tool),
+        "--error-exitcode", "86", sys.executable, str(CASE), *PARTS,
     ]  # fmt: skip
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
