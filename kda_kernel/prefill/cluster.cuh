@@ -53,8 +53,7 @@ __device__ void chain_role(const KernelParams<S>& p, const SharedMap<S>& shared,
     pack_tokens(operand, o);
     __syncwarp();  // every lane has had its v from there
     gather_output(operand, lane, [&](int row, int unit) { return slot + S::kV + swizzled(row, warp * 2 + unit); });
-    __syncwarp();
-    if (lane == 0) barrier_arrive(output_ready);
+    barrier_arrive(output_ready);
   }
   write_final_state(s, p.final_state, state, first_row, lane);
 }

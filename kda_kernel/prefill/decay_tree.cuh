@@ -38,8 +38,15 @@ struct TileFactors {
   __device__ __forceinline__ uint32_t t_inv() const { return slot + S::kTInv + tile * kPairDiagonal; }
   __device__ __forceinline__ uint32_t aqk() const { return slot + S::kAqk + tile * kPairDiagonal; }
   __device__ __forceinline__ uint32_t beta() const { return slot + S::kBeta + tile * kTile * 4; }
-  __device__ __forceinline__ uint32_t akk() const { return scratch + tile * (S::kTeamWarps / kTiles) * kTileRows; }
-  __device__ __forceinline__ uint32_t inverse() const { return S::kWholeTiles ? akk() : akk() + half * kTileRows; }
+  // k exp(-G) of the half: with an fp32 gate where that was, in the rows that Ksuf does not take; later Akk beside Aqk.
+  __device__ __forceinline__ uint32_t inverse() const {
+    if constexpr (S::kPairsInGate) return slot + S::kG + half * S::kKsufHalf + kHalfBytes + tile * kTileRows;
+    return scratch + (S::kWholeTiles ? tile : tile * kHalves + half) * kTileRows;
+  }
+  __device__ __forceinline__ uint32_t akk() const {
+    if constexpr (S::kPairsInGate) return slot + S::kAqk + kPairBytes + tile * kAkkBytes;
+    return scratch + tile * (S::kTeamWarps / kTiles) * kTileRows;
+  }
   // Room for sixteen bytes of a lane, `piece` 0 to 2: where T_inv and Aqk of the tile will be, and below them T_inv of both
   // tiles for the first, Aqk for the second. If these will be in the gate's place: where the tile's gate was, of the second
   // half, which is done with.

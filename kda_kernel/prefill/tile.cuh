@@ -180,7 +180,7 @@ __device__ __forceinline__ void store_pairs(const PairSums& sums, const float (&
       qk[x] = pair + x <= row ? sums.group[r][2 + x] : 0.0f;
       kk[x] = pair + x < row ? -beta[r] * sums.group[r][x] : 0.0f;
     }
-    store_shared_float2(akk + r * kScratchBlock + (row * kScratchRow + pair) * 4, kk[0], kk[1]);
+    store_shared_float2(akk + r * kAkkBlock + (row * kAkkRow + pair) * 4, kk[0], kk[1]);
     store_shared(aqk + 4 * lane + r * (kPairUnit + kPairGroup), pack_bf16(qk[0], qk[1]));
   }
   store_shared(aqk + 4 * lane + kPairGroup, pack_bf16(sums.across[2], sums.across[3]));
@@ -192,9 +192,9 @@ __device__ __forceinline__ void store_pairs(const PairSums& sums, const float (&
 // bf16 result: whoever multiplies by it adds that part in fp32.
 __device__ __forceinline__ void invert_eights(uint32_t t_inv, uint32_t akk, uint32_t lane) {
   constexpr int kSize = kTile / 2;
-  const uint32_t block = lane / kSize % 2, row = lane % kSize, rows = akk + block * kScratchBlock;
+  const uint32_t block = lane / kSize % 2, row = lane % kSize, rows = akk + block * kAkkBlock;
   const auto load_four = [&](uint32_t row, int four, float (&a)[4]) {
-    const float4 x = load_shared_float4(rows + (row * kScratchRow + 4 * four) * 4);
+    const float4 x = load_shared_float4(rows + (row * kAkkRow + 4 * four) * 4);
     a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
   };
   float x[kSize / 4][4];

@@ -102,7 +102,7 @@ struct Slot {
   static constexpr int kValueWarps = kLoadWarps / 4;  // of these, those that load v
   static constexpr int kMaxItems = kCluster ? 1 : 16;  // sequences of a CTA, one after another
   static constexpr int kFreeArrivals = kCluster ? kParts : 32 * kStateWarps;
-  static constexpr int kOutputArrivals = kCluster ? kStateWarps : 32 * kStateWarps;
+  static constexpr int kOutputArrivals = 32 * kStateWarps;
 
   static constexpr int kGateScale = sizeof(GElem) / 2;
   static constexpr int kV = 0;  // in a cluster, v of the part's rows; a single CTA has places for v behind the slots
@@ -129,19 +129,23 @@ struct Slot {
   static_assert(!kPairsInGate || (kAqk + kPairBytes <= kG + kKsufHalf && kBeta + kChunk * 4 <= kEnd), "they fit");
 };
 
-// A factor team's own room: for each warp k exp(-G) of its tile and half of the channels, swizzled; in the place of a
-// tile's first, once the products are in registers, -Akk of each eight
-// tokens against themselves in fp32, with rows of 20 words, so that eight rows' float4 lie in different banks. Of each tile per
+// -Akk of each eight tokens of a tile against themselves, fp32: rows of 12 words and 16 bytes between the two blocks, so that
+// eight rows' float4, and the blocks' of one row, lie in different banks.
+constexpr int kAkkRow = 12;
+constexpr int kAkkBlock = kTile / 2 * kAkkRow * 4 + 16;
+constexpr int kAkkBytes = 2 * kAkkBlock;
+
+// A factor team's own room: for each warp k exp(-G) of its tile and half of the channels, swizzled, and in the place of a
+// tile's first, once the products are in registers, its Akk; an fp32 gate leaves room for both in the slot. Of each tile per
 // token the factors on q and on k, fp32, and its decay per channel.
-constexpr int kScratchRow = 20;
-constexpr int kScratchBlock = (kTile / 2) * (kScratchRow + 1) * 4;  // from the first eight tokens' to the second's
-static_assert(kTile * kScratchRow * 4 <= kTileRows, "Akk fits");
 template <class S>
 struct Scratch {
-  static constexpr int kNorms = S::kTeamWarps * kTileRows;
+  static constexpr int kNorms = S::kPairsInGate ? 0 : S::kTeamWarps * kTileRows;
   static constexpr int kNormBytes = kTile * 8;
   static constexpr int kTotal = kNorms + kTiles * kNormBytes;
   static constexpr int kBytes = (kTotal + kTiles * kTotalBytes + 127) / 128 * 128;
+  static_assert(S::kPairsInGate ? S::kAqk + kPairBytes + kTiles * kAkkBytes <= S::kG + S::kKsufHalf : kAkkBytes <= kTileRows,
+                "Akk fits");
 };
 
 // A state warp's o on its way out by TMA: a row of 32 bytes per token, whose two units change places every four tokens.
@@ -184,11 +188,10 @@ constexpr int shared_bytes(Ring ring) {
   return ring.first_slot + ring.num_slots() * S::kBytes + ring.value_places * kPanelBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes. In a single CTA more slots than teams, and two chunks' v or more,
-// up to one for each slot: with a bf16 gate 4 teams, 6 slots and 2 places for v in 227 KB, 3, 4 and 3 in 163 KB (8.0), 1, 2 and
-// 2 in 99 KB (8.6, 8.9, 12.0); with an fp32 gate 4, 5 and 4; 3, 4 and 2; 1, 2 and 2. In a cluster 3 teams and 6 slots, 3 and
-// 5; guests, which are every second chunk with two CTAs and more with three or more, have two of them or what three own ones
-// leave. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes, whatever the gate's dtype. In a single CTA more slots than teams, and
+// two chunks' v or more, up to one for each slot: 4 teams, 6 slots and 2 places for v in 227 KB (3 without TMA), 3, 4 and 3 in
+// 163 KB (8.0), 1, 2 and 2 in 99 KB (8.6, 8.9, 12.0). In a cluster 3 teams and 6 slots; guests, which are every second chunk
+// with two CTAs and more with three or more, have two of them or what three own ones leave. No slots if it cannot be.
 template <class S>
 constexpr Ring fit_ring(int limit, int num_ctas) {
   constexpr int kLeastValues = S::kCluster ? 0 : 2;
