@@ -2,7 +2,7 @@
 // counts there, so the state warps do little else: they leave o in v's place, and v's load warp does the rest.
 //
 //   barrier        arrives                             waits            arrivals
-//   OutputReady    state warps, o is in v's place      v's load warp    one of each
+//   OutputReady    state warps, o is in v's place      v's load warp    a lane each
 //                  and nothing else is needed
 #pragma once
 

@@ -221,8 +221,9 @@ struct ChunkLoader {
   }
 };
 
-// The load warps of a cluster's CTA that have q, k and g of its own chunks. What comes a ring later is brought to the L2 cache
-// meanwhile; of beta, which a team reads where it needs it, a lane's token.
+// The load warps of a cluster's CTA that have q, k and g of its own chunks. The next of these is brought to the L2 cache
+// meanwhile, and not more of them: what 128 CTAs had brought there a ring ahead drove itself out again. Of beta, which a team
+// reads where it needs it, a lane has a token.
 template <class S>
 __device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, int head, int rank, int warp) {
   const int lane = threadIdx.x % 32, ctas = shared.num_ctas;
@@ -231,15 +232,15 @@ __device__ void load_role(const KernelParams<S>& p, const SharedMap<S>& shared, 
   loader.go_to(item, rank * kChunk);
   const Source beta = Source::load(shared, 0);
   RingPosition ring;
-  const int step = ctas * kChunk, ahead = shared.ring.own_slots * step;
+  const int step = ctas * kChunk;
 #pragma unroll 1
   for (int token = rank * kChunk; token < item.length; token += step) {
     await_reuse(shared, ring);
     const int valid = item.length - token;
     loader.load(p, shared.slot(ring.slot) + loader.panel(warp), shared.raw_ready(ring.slot), valid, warp, lane);
-    loader.prefetch(p, ahead, valid - ahead, warp, lane);
-    if (loader.tensor(warp) == loader.kTensorG && lane < valid - ahead) {
-      prefetch_to_l2(beta.rows + static_cast<int64_t>(token + ahead + lane) * beta.stride);
+    loader.prefetch(p, step, valid - step, warp, lane);
+    if (loader.tensor(warp) == loader.kTensorG && lane < valid - step) {
+      prefetch_to_l2(beta.rows + static_cast<int64_t>(token + step + lane) * beta.stride);
     }
     loader.skip(ctas);
     ring.advance(1, shared.ring.own_slots);

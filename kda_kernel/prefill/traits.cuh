@@ -24,7 +24,7 @@
 //   FactorsReady   of a guest: the copy's bytes; v
 //   SlotFree       of an own slot: a lane of v's load warp of both CTAs
 //   GuestFree      of an own slot: the places that its chunk is to be copied to are free; the same of the other CTAs alone
-//   OutputReady    in ValuesFree's place: one of each state warp, o is in v's place and nothing else is needed of the chunk
+//   OutputReady    in ValuesFree's place: the state warps' lanes, o is in v's place and nothing else is needed of the chunk
 //
 // A slot is reused in place: a lane of a factor warp reads its elements of q, k, g into registers before it writes
 // Qpre, Kpre, Ksuf to the same bytes, and no other lane reads those bytes as q, k or g after that; a state warp is the
