@@ -25,8 +25,8 @@ from layer_inputs import LENGTHS, make_conv, make_norm
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
-# On Hopper in clusters.
-CLUSTER_CASES = {
+CASES = {
+    # On Hopper in clusters.
     "lower-strong": ("lower-strong", dict(B=2, T=33)),
     "lower-weak, packs, v-first": ("lower-weak", dict(lengths=(1, 0, 64, 17), state_v_first=True)),
     "softplus-init, grouped heads": ("softplus-init", dict(T=65, HV=4)),
@@ -47,11 +47,8 @@ CLUSTER_CASES = {
     "18 items": ("lower-strong", dict(lengths=(31 * 32 + 1, *(0,) * 8))),
     "30 items": ("lower-strong", dict(lengths=(25 * 32 + 1, *(0,) * 14))),
     "60 items": ("softplus-resets", dict(lengths=(17 * 32 + 1, *(0,) * 29))),
-}
-
-# Without any, or without a token. Single CTAs use all slots twice; of the shared ones, with 144 items, each has several
-# sequences.
-CTA_CASES = {
+    # Without any, or without a token. Single CTAs use all slots twice; of the shared ones, with 144 items, each has
+    # several sequences.
     "no token": ("lower-weak", dict(lengths=(0, 0))),
     "single CTAs": ("lower-strong", dict(lengths=(13 * 32 + 1, *(0,) * 35))),
     "single CTAs, fp32 g": (
@@ -61,8 +58,6 @@ CTA_CASES = {
     "shared CTAs": ("lower-strong", dict(lengths=(33, 0, 5, 64) * 18)),
     "shared CTAs, fp32 g": ("softplus-init", dict(lengths=(33, 0, 5, 64) * 18, g_dtype=FP32)),
 }
-
-CASES = {**CLUSTER_CASES, **CTA_CASES}
 
 DECODE_CASES = {
     "one token": ("lower-weak", dict(N=3, T=1)),
