@@ -38,6 +38,11 @@ from cases import CASES, GATES, QUICK, Case, gates_of, input_sets
 SHORT_MS = 0.2  # below this an eager call may wait for the host
 
 
+def of_inputs(chunk_kda):
+    """`chunk_kda` as a function of one input set, as timing.py calls it."""
+    return lambda inputs: chunk_kda(**inputs)
+
+
 def measure(call, eager: timing.Timing, sets, is_ours: bool) -> dict:
     """All timings of one implementation on one case, as JSON, given those of eager calls."""
     extra_bytes = timing.peak_extra_bytes(lambda: call(sets[0]))
@@ -56,10 +61,7 @@ def sets_for(shape: Case, gate: str, cache_bytes: int) -> list[dict]:
 
 def measure_ours(shape: Case, gates, chunk_kda, bandwidth: float, cache_bytes: int) -> Iterator[dict]:
     """Rows of the result, one for each gate: the case, its floor and our timings. The gates' eager calls take turns."""
-
-    def call(inputs):
-        return chunk_kda(**inputs)
-
+    call = of_inputs(chunk_kda)
     groups = [sets_for(shape, gate, cache_bytes) for gate in gates]
     timings = timing.time_eager_in_turn(call, groups)
     for gate, sets, eager in zip(gates, groups, timings, strict=True):
@@ -81,10 +83,7 @@ def measure_ours(shape: Case, gates, chunk_kda, bandwidth: float, cache_bytes: i
 
 def add_fla(row: dict, shape: Case, fla, cache_bytes: int) -> None:
     """FLA's timings of the same case on the same inputs, into its row."""
-
-    def call(inputs):
-        return fla(**inputs)
-
+    call = of_inputs(fla)
     sets = sets_for(shape, row["gate"], cache_bytes)
     row["fla"] = measure(call, timing.time_eager(call, sets), sets, is_ours=False)
     row["speedup_over_fla"] = row["fla"]["eager"]["median_ms"] / row["ours"]["eager"]["median_ms"]

@@ -38,7 +38,7 @@ struct TileFactors {
   __device__ __forceinline__ uint32_t t_inv() const { return slot + S::kTInv + tile * kPairDiagonal; }
   __device__ __forceinline__ uint32_t aqk() const { return slot + S::kAqk + tile * kPairDiagonal; }
   __device__ __forceinline__ uint32_t beta() const { return slot + S::kBeta + tile * kTile * 4; }
-  // k exp(-G) of the half: with an fp32 gate where that was, in the rows that Ksuf does not take; later Akk beside Aqk.
+  // k exp(-G) of the half, and later Akk: with an fp32 gate where it was, in the rows that Ksuf does not take, Akk beside Aqk.
   __device__ __forceinline__ uint32_t inverse() const {
     if constexpr (S::kPairsInGate) return slot + S::kG + half * S::kKsufHalf + kHalfBytes + tile * kTileRows;
     return scratch + (S::kWholeTiles ? tile : tile * kHalves + half) * kTileRows;
@@ -48,8 +48,8 @@ struct TileFactors {
     return scratch + tile * (S::kTeamWarps / kTiles) * kTileRows;
   }
   // Room for sixteen bytes of a lane, `piece` 0 to 2: where T_inv and Aqk of the tile will be, and below them T_inv of both
-  // tiles for the first, Aqk for the second. If these will be in the gate's place: where the tile's gate was, of the second
-  // half, which is done with.
+  // tiles for the first, Aqk for the second. If these will be in the gate's place: where the second half's k exp(-G) was,
+  // which is done with.
   __device__ __forceinline__ uint32_t parking(int piece, uint32_t lane) const {
     if constexpr (S::kPairsInGate) return slot + S::kTInv + tile * kTileRows + piece * 512 + lane * 16;
     const uint32_t below = slot + S::kTInv + kPairTile + tile * (S::kAqk - S::kTInv);

@@ -188,10 +188,10 @@ constexpr int shared_bytes(Ring ring) {
   return ring.first_slot + ring.num_slots() * S::kBytes + ring.value_places * kPanelBytes;
 }
 
-// As many factor teams and slots as fit into `limit` bytes, whatever the gate's dtype. In a single CTA more slots than teams, and
-// two chunks' v or more, up to one for each slot: 4 teams, 6 slots and 2 places for v in 227 KB (3 without TMA), 3, 4 and 3 in
-// 163 KB (8.0), 1, 2 and 2 in 99 KB (8.6, 8.9, 12.0). In a cluster 3 teams and 6 slots; guests, which are every second chunk
-// with two CTAs and more with three or more, have two of them or what three own ones leave. No slots if it cannot be.
+// As many factor teams and slots as fit into `limit` bytes, whatever the gate's dtype. In a single CTA more slots than teams,
+// and two chunks' v or more, up to one for each slot: 4 teams, 6 slots and 2 places for v in 227 KB (3 without TMA), 3, 4 and
+// 3 in 163 KB (8.0), 1, 2 and 2 in 99 KB (8.6, 8.9, 12.0). In a cluster 3 teams and 6 slots; guests, which are every second
+// chunk with two CTAs and more with three or more, have two of them or what three own ones leave. No slots if it cannot be.
 template <class S>
 constexpr Ring fit_ring(int limit, int num_ctas) {
   constexpr int kLeastValues = S::kCluster ? 0 : 2;
